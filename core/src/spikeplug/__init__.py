@@ -1,0 +1,74 @@
+"""Spikeplug turns a pretrained network into a spiking one under a coding scheme that is a plugin.
+
+Names are imported at their first use, so that `import spikeplug`, and with it every plugin's hook module and the
+command line, loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spikeplug.hookspecs import API_VERSION, hookimpl
+
+if TYPE_CHECKING:
+    from spikeplug.bundle import load, save
+    from spikeplug.config import ConversionConfig
+    from spikeplug.conversion import calibrate, convert, count_spikes, prepare, report, set_execution
+    from spikeplug.coverage import ConversionReport
+    from spikeplug.errors import SpikeplugError
+    from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe
+    from spikeplug.stats import ActivationStats
+    from spikeplug.types import Architecture, CodeParams, Encoder, Neuron, Recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "bundle": ("load", "save"),
+    "config": ("ConversionConfig",),
+    "conversion": ("calibrate", "convert", "count_spikes", "prepare", "report", "set_execution"),
+    "errors": ("SpikeplugError",),
+    "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe"),
+    "coverage": ("ConversionReport",),
+    "stats": ("ActivationStats",),
+    "types": ("Architecture", "CodeParams", "Encoder", "Neuron", "Recipe"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "API_VERSION",
+    "ActivationStats",
+    "Architecture",
+    "CodeParams",
+    "ConversionConfig",
+    "ConversionReport",
+    "Encoder",
+    "Neuron",
+    "Recipe",
+    "SpikeplugError",
+    "__version__",
+    "calibrate",
+    "convert",
+    "count_spikes",
+    "get_approximator",
+    "get_encoder",
+    "get_neuron",
+    "get_pass",
+    "get_recipe",
+    "hookimpl",
+    "load",
+    "prepare",
+    "report",
+    "save",
+    "set_execution",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'spikeplug' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"spikeplug.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

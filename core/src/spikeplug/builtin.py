@@ -1,0 +1,37 @@
+"""The parts that core brings itself, registered through the same door as a plugin's."""
+
+from __future__ import annotations
+
+from spikeplug.hookspecs import API_VERSION, hookimpl
+
+spikeplug_api = API_VERSION
+
+
+@hookimpl
+def spikeplug_encoders() -> dict[str, str]:
+    return {"rate": "spikeplug.rate:Rate"}
+
+
+@hookimpl
+def spikeplug_neurons() -> dict[str, str]:
+    return {"if": "spikeplug.rate:IF"}
+
+
+@hookimpl
+def spikeplug_approximators() -> dict[str, str]:
+    return {"exact": "spikeplug.exact:Exact"}
+
+
+@hookimpl
+def spikeplug_passes() -> dict[str, str]:
+    return {"fold-bn": "spikeplug.fold:FoldBatchNorm"}
+
+
+@hookimpl
+def spikeplug_recipes() -> dict[str, str]:
+    return {"rate": "spikeplug.rate:RECIPE"}
+
+
+@hookimpl
+def spikeplug_architectures() -> dict[str, str]:
+    return {"torch": "spikeplug.modules:ModuleTree"}

@@ -1,0 +1,157 @@
+"""Saved models: a folder of safetensors and JSON with a SHA-256 of every file, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import spikeplug
+from spikeplug import plugins
+from spikeplug.config import ConversionConfig
+from spikeplug.conversion import _config, architecture_of, set_execution
+from spikeplug.errors import BundleError, CalibrationError
+from spikeplug.site import sites
+
+MANIFEST = "spikeplug.json"
+FORMAT = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
+    """Write a converted model to a folder. The folder appears whole, or not at all.
+
+    Args:
+        options: what the architecture can store beside the model: `tokenizer` for a language model.
+
+    Raises:
+        CalibrationError: a site has no parameters yet.
+        BundleError: the folder exists (and `overwrite` is not set), or cannot be written.
+    """
+    config, architecture = _config(model), architecture_of(model)
+    for site in sites(model).values():
+        if not site.calibrated:
+            raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
+    target = Path(path)
+    check_writable(target, overwrite=overwrite)
+    package = next(part for part in plugins.registry().names("architecture") if _is(architecture, part))
+    try:
+        head = {"architecture": package, "config": config.model_dump(mode="json")}
+        _write(target, head, lambda folder: architecture.save(model, folder, **options))
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def check_writable(target: Path, *, overwrite: bool = False) -> None:
+    """Refuse, before any work is done, a folder that `save` could not write.
+
+    Raises:
+        BundleError: as `save`.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise BundleError(f"{target} exists: choose another folder, or allow it to be overwritten")
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BundleError(f"cannot write {target}: no permission to write in {above}")
+
+
+def load(path: str | os.PathLike[str], **options: Any) -> nn.Module:
+    """Read what `save` wrote; the result is bit-equal.
+
+    Args:
+        options: what the architecture needs: `model=net`, the dense network, for a plain PyTorch model; `device_map`
+            and the like for a language model.
+
+    Raises:
+        BundleError: the folder is not a saved model, or a file is missing or was changed.
+        UnknownNameError: a plugin that the model needs is not installed.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    verify(folder, manifest["files"])
+    config = ConversionConfig.parse(manifest["config"])
+    architecture = plugins.get_class("architecture", manifest["architecture"])()
+    model: nn.Module = architecture.load(folder, config=config, **options)
+    model.spikeplug_config = config  # type: ignore[assignment]
+    return set_execution(model, config.execution)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a saved model.
+
+    Raises:
+        BundleError: there is none, or it is not one of ours, or is newer than this release.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] > FORMAT:
+            raise BundleError(f"{folder} was written by spikeplug {manifest['spikeplug']}: install that or a later one")
+        if set(manifest) < {"files", "config", "architecture"} or not isinstance(manifest["files"], dict):
+            raise KeyError("files")
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is no saved model: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {folder / MANIFEST}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(f"{folder / MANIFEST} is damaged: it is not a manifest of a saved model") from None
+    return dict(manifest)
+
+
+def verify(folder: Path, files: dict[str, str], only: set[str] | None = None) -> None:
+    """Compare files of a folder with the SHA-256 in its manifest.
+
+    Raises:
+        BundleError: a file is missing or was changed.
+    """
+    for name, digest in files.items():
+        if only is not None and name not in only:
+            continue
+        if Path(name).name != name:
+            raise BundleError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder} lacks the file {name} that its manifest names")
+        if _sha256(folder / name) != digest:
+            raise BundleError(f"{folder / name} was changed or damaged: its SHA-256 is not the manifest's")
+
+
+def _write(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the last move stays within one file system and is atomic.
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        fill(draft)
+        files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        manifest = {"format": FORMAT, "spikeplug": spikeplug.__version__, **head, "files": files}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        draft.chmod(0o755)
+        for file in draft.iterdir():
+            _sync(file)
+        if target.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            os.replace(target, retired / target.name)
+            os.replace(draft, target)
+            shutil.rmtree(retired)
+        else:
+            os.replace(draft, target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is(architecture: Any, package: str) -> bool:
+    return plugins.get_class("architecture", package) is type(architecture)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,182 @@
+"""The main verbs: convert a model, calibrate it, choose its execution, count its spikes, report on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikeplug import plugins
+from spikeplug.config import ConversionConfig
+from spikeplug.coverage import ConversionReport
+from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
+from spikeplug.site import EXECUTIONS, Execution, Site, SpikeCount, sites
+from spikeplug.stats import Observer
+from spikeplug.types import Architecture, Recipe
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The architecture that handles this model: that of the most derived class a plugin knows the package of.
+
+    Raises:
+        UnknownNameError: the model's package has a plugin that is not installed.
+    """
+    known = plugins.registry().names("architecture")
+    for cls in type(model).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package in known:
+            architecture: Architecture = plugins.get_class("architecture", package)()
+            return architecture
+        if package in {name for names in plugins.FIRST_PARTY.values() for name in names}:
+            plugins.registry().find("architecture", package)
+    raise UnknownNameError(f"{type(model).__name__} is no model of a known kind; kinds: {', '.join(known)}")
+
+
+def convert(
+    model: nn.Module,
+    recipe: str | Recipe | ConversionConfig,
+    *,
+    calibration: Iterable[Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Turn a dense model into a spiking one, in place, and return it.
+
+    Args:
+        model: what to convert: a plain PyTorch model, or one of a kind whose plugin is installed.
+        recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
+        calibration: batches as the model takes them: a tensor, a tuple of arguments, or a dict of named ones.
+        options: options of the recipe's code (`steps=8`) or keys of ConversionConfig (`exclude=["head"]`).
+
+    Raises:
+        UnknownNameError, OptionError: the recipe or an option is not known or out of range.
+        CalibrationError: the code needs calibration and none was given.
+        NonFiniteError: a weight is NaN or infinite; the message names it.
+        ConversionError: the model cannot be converted; the message names the part.
+    """
+    config = ConversionConfig.resolve(recipe, options)
+    encoder, _ = config.build()
+    if encoder.static and calibration is None:
+        raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
+    if any(isinstance(module, Site) for module in model.modules()):
+        raise ConversionError(f"{type(model).__name__} is a converted model already: convert the dense one")
+    _refuse_nonfinite(model)
+    model = prepare(model, config)
+    if calibration is not None:
+        calibrate(model, calibration)
+    return set_execution(model, config.execution)
+
+
+def prepare(model: nn.Module, config: ConversionConfig) -> nn.Module:
+    """Put the spiking modules of a configuration in place, without calibrating them. Raises as `convert`."""
+    model = architecture_of(model).prepare(model, config)
+    model.spikeplug_config = config  # type: ignore[assignment]
+    return model
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Run batches through a converted model with its sites as observers, then fit and store every site's parameters.
+
+    Memory is bounded by `samples` values per site, however many batches there are. Nothing is stored unless every
+    site can be fitted.
+
+    Raises:
+        CalibrationError: no batch, a site that no batch reached, or statistics that a code cannot be fitted to.
+        NonFiniteError: a site saw NaN or infinity; the message names it.
+    """
+    config = _config(model)
+    architecture = architecture_of(model)
+    observed = {name: site for name, site in sites(model).items() if site.encoder.static}
+    training = model.training
+    model.eval()
+    for seed, site in enumerate(observed.values()):
+        site.observer = Observer(site.channels, config.samples, seed)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                architecture.feed(model, batch)
+        fitted = {name: _fit(site) for name, site in observed.items()}
+    finally:
+        model.train(training)
+        for site in observed.values():
+            site.observer = None
+            site._memo = None
+    for name, params in fitted.items():
+        observed[name].set_params(params)
+    return model
+
+
+def _fit(site: Site) -> Any:
+    assert site.observer is not None
+    try:
+        return site.encoder.fit(site.observer.stats())
+    except CalibrationError as error:
+        raise CalibrationError(f"site '{site.name}': {error}") from None
+
+
+def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
+    """Choose how a converted model runs, and return it.
+
+    `fused`: the closed form of the code, one dense operation per layer. `stepped`: every spike of every step is made
+    and passes through the weights. For codes that are `collapsible` both give the same codes, and the same
+    outputs up to the rounding of the sums.
+
+    Raises:
+        OptionError: there is no such execution.
+    """
+    if execution not in EXECUTIONS:
+        raise OptionError(f"execution='{execution}': choose one of {', '.join(EXECUTIONS)}")
+    for site in sites(model).values():
+        site.execution = execution
+        site._memo = None
+    return model
+
+
+class SpikeCounts:
+    """Spikes fired while `count_spikes` was active, by site."""
+
+    def __init__(self, by_site: dict[str, SpikeCount]) -> None:
+        self.by_site = by_site
+
+    @property
+    def total(self) -> int:
+        """Spikes of all sites."""
+        return sum(count.spikes for count in self.by_site.values())
+
+
+@contextlib.contextmanager
+def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
+    """Count the spikes of every forward pass inside the context, in either execution.
+
+    A spike of -1 counts as one. A site that several layers read counts once.
+    """
+    found = sites(model)
+    counts = SpikeCounts({name: SpikeCount() for name in found})
+    for name, site in found.items():
+        site.counter = counts.by_site[name]
+    try:
+        yield counts
+    finally:
+        for site in found.values():
+            site.counter = None
+
+
+def report(model: nn.Module) -> ConversionReport:
+    """What became of every operation of a converted model. Raises ConversionError when it is not converted."""
+    sites(model)
+    return architecture_of(model).report(model)
+
+
+def _config(model: nn.Module) -> ConversionConfig:
+    config = getattr(model, "spikeplug_config", None)
+    if not isinstance(config, ConversionConfig):
+        raise ConversionError(f"{type(model).__name__} is no converted model: convert it with spikeplug.convert first")
+    return config
+
+
+def _refuse_nonfinite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"parameter '{name}' holds NaN or infinity: the checkpoint is damaged")

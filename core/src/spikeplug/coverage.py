@@ -1,0 +1,98 @@
+"""What became of every operation of a converted network, so that nothing is left dense unseen."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from spikeplug.site import Site
+
+ROLES = {
+    "spiking": "weighted layer on spikes: accumulates (AC) in place of multiply-accumulates (MAC)",
+    "coded": "carried by spikes, no multiplication",
+    "decoded": "product of two activations: both carried by spikes, decoded, multiplied as MACs",
+    "folded": "merged into another layer",
+    "approximated": "nonlinear operation in spikes",
+    "dense": "floating point",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    Attributes:
+        name: path in the model.
+        type: the dense operation, as its class is called.
+        role: one of `ROLES`.
+        macs: multiply-accumulates of the dense operation for one `unit`; None where it is not known.
+        code: the code of its input, empty when it has none.
+        note: what a reader should know.
+    """
+
+    name: str
+    type: str
+    role: str
+    macs: int | None = 0
+    code: str = ""
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """Every operation of a network and its role.
+
+    Attributes:
+        unit: what MACs are counted for: `token at context 512`, `sample`.
+    """
+
+    recipe: str
+    ops: tuple[Op, ...]
+    unit: str
+
+    def share(self, role: str = "spiking") -> float | None:
+        """Share of the MACs that have that role; None where some MACs are not known."""
+        if any(op.macs is None for op in self.ops):
+            return None
+        total = sum(op.macs or 0 for op in self.ops)
+        return sum(op.macs or 0 for op in self.ops if op.role == role) / total if total else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """Number of operations by role."""
+        return dict(collections.Counter(op.role for op in self.ops))
+
+    def summary(self) -> dict[str, Any]:
+        """The figures without the list of operations."""
+        notes = sorted({op.note for op in self.ops if op.note})
+        shares = {role: self.share(role) for role in ROLES if any(op.role == role for op in self.ops)}
+        return {
+            "recipe": self.recipe,
+            "unit": self.unit,
+            "operations": self.counts(),
+            "macs_share": shares,
+            "notes": notes,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {**self.summary(), "ops": [dataclasses.asdict(op) for op in self.ops]}
+
+    def __str__(self) -> str:
+        share, decoded = self.share(), self.share("decoded")
+        spiking = "unknown until a forward pass" if share is None or decoded is None else f"{share:.1%}"
+        rows = [f"  {op.role:<12} {op.name} ({op.type}{', ' + op.code if op.code else ''})" for op in self.ops]
+        extra = f", {decoded:.1%} decoded products" if decoded else ""
+        return "\n".join([f"recipe {self.recipe}: {spiking} of the MACs per {self.unit} are spiking{extra}", *rows])
+
+
+def code_text(site: Site) -> str:
+    """The code of a site in words, and what its scale depends on."""
+    return f"{site.encoder}"
+
+
+def dynamic_note(site: Site) -> str:
+    """The warning that a dynamic scale must carry, or nothing."""
+    if site.encoder.static:
+        return ""
+    return "scales are computed at run time, not calibrated: results may depend on how features are sharded"

@@ -1,0 +1,62 @@
+"""Batch-normalisation folding: a frozen BN merged into the convolution or linear layer before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from spikeplug.errors import ConversionError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldBatchNorm:
+    """Folds every BN that directly follows a convolution or a linear layer whose output nothing else reads.
+
+    A folded BN becomes `nn.Identity`, so that names stay. A BN elsewhere is left, and the report lists it as dense.
+    """
+
+    name: ClassVar[str] = "fold-bn"
+
+    def apply(self, model: nn.Module) -> list[str]:
+        """Fold in place; return the names of the BN modules that were folded away.
+
+        Raises:
+            ConversionError: the model has BN but cannot be traced, or BN is in training mode.
+        """
+        if not any(isinstance(module, NORMS) for module in model.modules()):
+            return []
+        try:
+            graph = fx.symbolic_trace(model).graph
+        except Exception as error:  # tracing runs the model's own code, which may raise anything
+            raise ConversionError(f"{type(model).__name__} cannot be traced to fold its BN: {error}") from error
+        modules = dict(model.named_modules())
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        folded = []
+        for node in graph.nodes:
+            before = node.args[0] if node.op == "call_module" and node.args else None
+            if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+                continue
+            layer, norm = modules[str(before.target)], modules[str(node.target)]
+            once = calls.count(node.target) == calls.count(before.target) == 1
+            if once and isinstance(norm, NORMS) and isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+                _fold(layer, norm, str(node.target))
+                model.set_submodule(str(node.target), nn.Identity())
+                folded.append(str(node.target))
+        return folded
+
+
+def _fold(layer: Any, norm: Any, name: str) -> None:
+    if norm.training or norm.running_mean is None:
+        raise ConversionError(f"BN '{name}' uses statistics of the batch: call model.eval() before converting")
+    fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    with torch.no_grad():
+        layer.weight, layer.bias = fuse(
+            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )

@@ -1,0 +1,74 @@
+"""The hooks: what a plugin may bring, and in which shape.
+
+Every hook returns a mapping of name to import path (`{"bse": "spike_plugin_bse.encoder:BSE"}`), so that listing
+and looking up names imports nothing heavy; the object is imported at its first use. A plugin is a module (or any
+object) named by an entry point of the group `spikeplug`, with an attribute `spikeplug_api` that says which version
+of these hooks it was written for.
+"""
+
+from __future__ import annotations
+
+import pluggy
+
+PROJECT = "spikeplug"
+"""Name of the pluggy project, of the entry-point group and of the hook prefix."""
+
+API_VERSION = 1
+"""Version of the hooks below; raised when a plugin written for the old ones would break."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def spikeplug_encoders() -> dict[str, str]:  # type: ignore[empty-body]
+    """Codes: subclasses of `spikeplug.Encoder`, frozen dataclasses whose fields are their options."""
+
+
+@hookspec
+def spikeplug_neurons() -> dict[str, str]:  # type: ignore[empty-body]
+    """Neurons: subclasses of `spikeplug.Neuron`, frozen dataclasses whose fields are their options."""
+
+
+@hookspec
+def spikeplug_approximators() -> dict[str, str]:  # type: ignore[empty-body]
+    """Approximators of nonlinear operations: objects with `ops` and `build(op, original)`."""
+
+
+@hookspec
+def spikeplug_passes() -> dict[str, str]:  # type: ignore[empty-body]
+    """Rewrites before conversion that keep the function: objects with `apply(model) -> list of what was done`."""
+
+
+@hookspec
+def spikeplug_trainers() -> dict[str, str]:  # type: ignore[empty-body]
+    """Trainers of a converted model: objects with `train(model, batches, **options)`."""
+
+
+@hookspec
+def spikeplug_exporters() -> dict[str, str]:  # type: ignore[empty-body]
+    """Exporters of a converted model: objects with `export(model, path, **options)`."""
+
+
+@hookspec
+def spikeplug_frameworks() -> dict[str, str]:  # type: ignore[empty-body]
+    """Other spiking frameworks: objects with `wrap(neuron)`, which returns a layer of that framework."""
+
+
+@hookspec
+def spikeplug_recipes() -> dict[str, str]:  # type: ignore[empty-body]
+    """Recipes: instances of `spikeplug.Recipe`, the named presets of `spikeplug.convert`."""
+
+
+@hookspec
+def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
+    """Ways to convert, calibrate, save and load one kind of model: instances of `spikeplug.types.Architecture`.
+
+    The name is that of the top-level package in which the model's class, or one of its bases, is defined
+    (`transformers`, `torch`), so that the right one is found without importing any of them.
+    """
+
+
+@hookspec
+def spikeplug_commands() -> dict[str, str]:  # type: ignore[empty-body]
+    """Commands of the CLI: a function, which becomes `spikeplug NAME`, or a `typer.Typer`, which becomes a group."""

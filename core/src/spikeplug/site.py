@@ -1,0 +1,302 @@
+"""A site: the place in a network where an activation becomes a window of spikes, and the layers that receive it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError
+from spikeplug.stats import Observer
+from spikeplug.types import CodeParams, Encoder, Neuron
+
+Execution = Literal["fused", "stepped"]
+EXECUTIONS: tuple[str, ...] = get_args(Execution)
+
+
+class SpikeCount:
+    """Spikes fired at one site while they were counted.
+
+    Attributes:
+        neurons: activations coded, each by one neuron for one window.
+    """
+
+    def __init__(self) -> None:
+        self.neurons = 0
+        self._spikes: Tensor | None = None
+
+    @property
+    def spikes(self) -> int:
+        """Spikes fired; one of -1 counts as one."""
+        return 0 if self._spikes is None else int(self._spikes)
+
+    def add(self, fired: Tensor, neurons: int) -> None:
+        """Add spikes fired by so many neurons (0 in all steps of a window but one)."""
+        # The sum stays on the device, so that counting does not wait for it at every site.
+        total = fired.sum(dtype=torch.int64)
+        self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
+        self.neurons += neurons
+
+
+class Site(nn.Module):
+    """Codes one activation. Called, it gives the decoded value; `stream` gives the spikes, step by step.
+
+    Several layers may read one site (q, k and v projections): the first call with an activation codes it and the
+    following ones, with the same tensor, get the same result.
+
+    Args:
+        name: where in the network it stands; messages and reports use it.
+        kind: what it carries: `input`, `embedding`, `head`, `query`, `key`, `value`, `probabilities`.
+        channels: dimensions of the activation that make up a channel.
+        consumers: how many layers read it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        encoder: Encoder,
+        neuron: Neuron | None = None,
+        channels: tuple[int, ...] = (-1,),
+        consumers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.name, self.kind, self.encoder, self.neuron = name, kind, encoder, neuron
+        self.channels, self.consumers = channels, consumers
+        self.execution: Execution = "fused"
+        self.observer: Observer | None = None
+        self.counter: SpikeCount | None = None
+        self._memo: tuple[Tensor, Tensor, int] | None = None
+
+    def extra_repr(self) -> str:
+        return f"{self.encoder}"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the site can code: it has parameters, or its code needs none."""
+        return "scale" in self._buffers or not self.encoder.static
+
+    def set_params(self, p: CodeParams) -> None:
+        """Store the parameters, as buffers of their names."""
+        for name, tensor in p.tensors().items():
+            self.register_buffer(name, tensor)
+
+    def params(self, x: Tensor) -> CodeParams:
+        """The parameters for activation `x`, on its device.
+
+        Raises:
+            CalibrationError: there are none yet.
+        """
+        if not self.calibrated:
+            raise CalibrationError(
+                f"site '{self.name}' is not calibrated: call spikeplug.calibrate(model, batches) before the model"
+            )
+        if not self.encoder.static:
+            unit = torch.ones((), device=x.device)
+            return self.encoder.params(x, CodeParams(unit, torch.zeros_like(unit)))
+        tensors = {name: buffer.to(x.device) for name, buffer in self._buffers.items() if buffer is not None}
+        return self.encoder.params(x, CodeParams.from_tensors(tensors))
+
+    def forward(self, x: Tensor, new: int | None = None) -> Tensor:
+        """Decoded value of the window of `x`, same shape and dtype.
+
+        Args:
+            new: only the last `new` positions of dimension -2 are counted; the others, which come from a cache,
+                were counted when they were new.
+
+        Raises:
+            NonFiniteError: `x` holds NaN or infinity; the message names the site.
+        """
+        if self._memo is not None and self._memo[0] is x:
+            _, value, left = self._memo
+            self._memo = (x, value, left - 1) if left > 1 else None
+            return value
+        value = self._value(x, new)
+        if self.consumers > 1:
+            self._memo = (x, value, self.consumers - 1)
+        return value
+
+    def _value(self, x: Tensor, new: int | None) -> Tensor:
+        with self._named():
+            if self.observer is not None:
+                self.observer.update(x)
+                return x
+            p = self.params(x)
+            if self.execution == "stepped":
+                return self._decoded(x, p, new)
+            if self.counter is not None:
+                fresh = _latest(x, new)
+                self.counter.add(self.encoder.count(fresh, p), fresh.numel())
+            return self.encoder.fused(x, p)
+
+    def stream(self, x: Tensor, p: CodeParams, new: int | None = None, count: bool = True) -> Iterator[Tensor]:
+        """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
+        with self._named():
+            neuron, encoder = self.neuron, self.encoder
+            spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
+            for step, s in enumerate(spikes):
+                if count and self.counter is not None:
+                    fresh = _latest(s, new)
+                    self.counter.add(fresh.abs(), fresh.numel() if step == 0 else 0)
+                yield s.to(x.dtype)
+
+    def _decoded(self, x: Tensor, p: CodeParams, new: int | None) -> Tensor:
+        total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
+        for weight, s in zip(self.encoder.weights().tolist(), self.stream(x, p, new), strict=True):
+            total.add_(s, alpha=weight)
+        return self.encoder.scaled(total, p).to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
+        """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"site '{self.name}': {error}") from None
+
+
+def _latest(x: Tensor, new: int | None) -> Tensor:
+    return x if new is None else x[..., -new:, :]
+
+
+class SpikingLayer(nn.Module):
+    """A weighted layer that receives spikes. Its parameters keep their names, so dense checkpoints load into it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    macs: int | None = None
+    """Multiply-accumulates of the dense layer for one sample of the last batch, known after a forward pass."""
+
+    _source: tuple[Site]
+
+    @property
+    def source(self) -> Site:
+        """The site whose spikes it receives; registered as its child `site` unless another layer registers it."""
+        return self._source[0]
+
+    def attach(self, site: Site, owner: bool) -> None:
+        """Receive the spikes of `site`; the owner registers it as a child and counts its spikes."""
+        # A tuple hides the site from nn.Module's registration in the layers that only read it.
+        self._source = (site,)
+        if owner:
+            self.site = site
+
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's linear map with the given parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same signature and result shape as the dense layer's."""
+        site = self.source
+        if site.execution == "stepped" and site.observer is None:
+            y = self._stepped(x, site)
+        else:
+            y = self.synapse(site(x), self.weight, self.bias)
+        self.macs = y[0].numel() * self.weight[0].numel() if y.numel() else None
+        return y
+
+    def _stepped(self, x: Tensor, site: Site) -> Tensor:
+        """Every step's spikes pass through the weights; d(t) is applied to the current that they cause."""
+        p = site.params(x)
+        dtype = torch.promote_types(x.dtype, p.scale.dtype)
+        weight = self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        scale, offset = p.scale.to(dtype), p.offset.to(dtype)
+        # A scale per tensor or per token leaves the sum over inputs; one per channel scales the spikes themselves.
+        per_channel = site.encoder.static and scale.numel() > 1
+        y = torch.zeros((), dtype=dtype, device=x.device)
+        spikes = site.stream(x, p, count="site" in self._modules)
+        for d, s in zip(site.encoder.weights().tolist(), spikes, strict=True):
+            s = s.to(dtype) * scale if per_channel else s.to(dtype)
+            y = y + d * self.synapse(s, weight, None)
+        y = y if per_channel else y * scale
+        return (y + self.synapse(offset.expand(x.shape), weight, bias)).to(x.dtype)
+
+
+class SpikingLinear(SpikingLayer, nn.Linear):  # type: ignore[misc]
+    """`nn.Linear` on spikes."""
+
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(s, weight, bias)
+
+
+class CodedEmbedding(nn.Embedding):
+    """`nn.Embedding` whose output is coded."""
+
+    site: Site
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same signature and result shape as `nn.Embedding`'s."""
+        coded: Tensor = self.site(super().forward(input))
+        return coded
+
+
+class _SpikingConv(SpikingLayer):
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self._conv_forward(s, weight, bias)  # type: ignore[operator]
+        return y
+
+
+class SpikingConv1d(_SpikingConv, nn.Conv1d):
+    """`nn.Conv1d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+class SpikingConv2d(_SpikingConv, nn.Conv2d):
+    """`nn.Conv2d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+class SpikingConv3d(_SpikingConv, nn.Conv3d):
+    """`nn.Conv3d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+SPIKING: dict[type[nn.Module], type[SpikingLayer]] = {
+    nn.Linear: SpikingLinear,
+    nn.Conv1d: SpikingConv1d,
+    nn.Conv2d: SpikingConv2d,
+    nn.Conv3d: SpikingConv3d,
+}
+"""The weighted layers that can receive spikes, and what each becomes."""
+
+
+def channels_of(layer: Any) -> tuple[int, ...]:
+    """The dimension of a weighted layer's input that makes up a channel; counted from the end, batch or not."""
+    return (-1,) if isinstance(layer, nn.Linear) else (-(layer.weight.ndim - 1),)
+
+
+def make_spiking(layer: nn.Module, site: Site, owner: bool = True) -> None:
+    """Turn a dense weighted layer into its spiking twin, in place: parameters, hooks and name stay.
+
+    Raises:
+        ConversionError: the layer is not one of `SPIKING`.
+    """
+    spiking = SPIKING.get(type(layer))
+    if spiking is None:
+        raise ConversionError(f"{type(layer).__name__} cannot receive spikes: {', '.join(t.__name__ for t in SPIKING)}")
+    layer.__class__ = spiking
+    assert isinstance(layer, SpikingLayer)
+    layer.attach(site, owner)
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """All sites of a converted model by name.
+
+    Raises:
+        ConversionError: it has none, so it is not a converted model.
+    """
+    found = {module.name: module for module in model.modules() if isinstance(module, Site)}
+    if not found:
+        raise ConversionError(f"{type(model).__name__} has no spiking site: convert it with spikeplug.convert first")
+    return found

