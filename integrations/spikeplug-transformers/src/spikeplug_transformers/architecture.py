@@ -32,7 +32,7 @@ class Transformers(LanguageArchitecture):
             model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         # From here on save_pretrained writes what from_pretrained needs to rebuild the model.
         wanted = SpikeConfig(config)
-        model.hf_quantizer = SpikeQuantizer(wanted, pre_quantized=False)  # type: ignore[assignment]
+        model.hf_quantizer = SpikeQuantizer(wanted, pre_quantized=False)
         model.is_quantized = True  # type: ignore[assignment]
         model.quantization_method = wanted.quant_method  # type: ignore[assignment]
         model.config.quantization_config = wanted  # type: ignore[union-attr]

@@ -36,6 +36,8 @@ class BSE(Encoder):
         percentile: share of the calibration values, in percent, that the range covers; 100 covers all of them.
         headroom: how much wider than what calibration saw the range is, as a fraction, half of it at each end. An
             end at exactly 0 stays there.
+        align_zero: where the range spans 0, shift it by at most half a step so that a code stands for exactly 0.
+            The paper's μ = -min leaves 0 between two codes, so that the many activations near 0 share one bias.
 
     Raises:
         OptionError: an option is out of range.
@@ -45,6 +47,7 @@ class BSE(Encoder):
     granularity: str = "tensor"
     percentile: float = 100.0
     headroom: float = 0.0
+    align_zero: bool = True
 
     name: ClassVar[str] = "bse"
 
@@ -87,8 +90,13 @@ class BSE(Encoder):
 
     def _params(self, low: Tensor, high: Tensor) -> CodeParams:
         # A site that only ever carries one value: code 0 stands for it, whatever the scale.
-        scale = torch.where(high > low, (high - low) / self.top, torch.ones_like(high))
-        return CodeParams(scale.to(self.dtype), low.to(self.dtype))
+        scale = torch.where(high > low, (high - low) / self.top, torch.ones_like(high)).to(self.dtype)
+        offset = low.to(self.dtype)
+        if self.align_zero:
+            # Computed as `scaled` computes it, so that the code of 0 decodes to exactly 0.
+            zero = torch.round(-offset / scale) * scale
+            offset = torch.where((low < 0) & (high > 0), -zero, offset)
+        return CodeParams(scale, offset)
 
     def params(self, x: Tensor, p: CodeParams) -> CodeParams:
         if self.static:

@@ -1,0 +1,286 @@
+"""The command line: results on stdout, progress and errors on stderr, exit status 1 and one line for a user error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import spikeplug
+from spikeplug import plugins as registry
+from spikeplug.errors import ConversionError, OptionError, PluginError, SpikeplugError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from spikeplug.types import LanguageArchitecture
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    help="Turn pretrained networks into spiking ones under coding schemes that are plugins.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'smollm2'.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with _one_line():
+        for part in registry.registry().plugins:
+            for command in part.parts:
+                if command.kind == "command":
+                    _add(command)
+        app()
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except SpikeplugError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _add(command: registry.Part) -> None:
+    """Add a plugin's command. One that cannot be imported must not take the others with it."""
+    try:
+        registry.registry().find("command", command.name)
+        brought = command.load()
+    except PluginError as error:
+        sys.stderr.write(f"warning: {error}\n")
+        return
+    if isinstance(brought, typer.Typer):
+        app.add_typer(brought, name=command.name)
+    else:
+        app.command(command.name)(brought)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spikeplug {spikeplug.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command("plugins")
+def plugins_command(
+    as_json: Json = False,
+    probe: Annotated[bool, typer.Option(help="Import everything, each plugin in a process of its own.")] = False,
+) -> None:
+    """List the installed plugins, the sound and the broken ones."""
+    found: list[dict[str, Any]] = []
+    for plugin in registry.registry().plugins:
+        broken = registry.probe(plugin) if probe else plugin.broken
+        found.append(
+            {
+                "name": plugin.name,
+                "distribution": plugin.dist,
+                "version": plugin.version,
+                "api": plugin.api,
+                "brings": {kind: [part.name for part in plugin.parts if part.kind == kind] for kind in plugin.hooks},
+                "status": f"broken: {broken}" if broken else "ok",
+                "import_ms": round(plugin.import_ms, 1),
+            }
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        rows = [[*map(str, list(each.values())[:4]), _brings(each["brings"]), str(each["status"])] for each in found]
+        _print_table(["plugin", "distribution", "version", "api", "brings", "status"], rows)
+
+
+@app.command("ls")
+def ls_command(
+    kind: Annotated[str, typer.Argument(help="recipes, encoders, neurons, approximators, passes, trainers, ...")],
+    as_json: Json = False,
+) -> None:
+    """List the installed parts of a kind."""
+    singular = {"passes": "pass"}.get(kind, kind.removesuffix("s") if kind != "pass" else kind)
+    found = registry.registry()
+    parts = [part for name in found.names(singular) for part in found.parts[singular, name]]
+    rows = [{"name": part.name, "plugin": part.plugin, "object": part.path} for part in parts]
+    if as_json:
+        _print_json(rows)
+    else:
+        _print_table(["name", "plugin", "object"], [list(row.values()) for row in rows])
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Look for mixtures of packages that do not work together, and say how to mend them."""
+    from spikeplug.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json(checks)
+    else:
+        _print_table(["check", "status", "what", "remedy"], [list(check.values()) for check in checks])
+    if any(check["status"] == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert_command(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="Name of a recipe: `spikeplug ls recipes`.")],
+    calibrate: Annotated[Path, typer.Option(help="Text file to calibrate on.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the recipe.")] = [],  # noqa: B006
+    calibrate_tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 16384,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Convert a language model and write the spiking one to a folder."""
+    from spikeplug.bundle import check_writable, save
+    from spikeplug.config import ConversionConfig
+    from spikeplug.conversion import convert, report
+
+    config = ConversionConfig.resolve(recipe, settings(setting))
+    check_writable(out, overwrite=force)
+    _need_file(calibrate)
+    architecture = language()
+    opened = architecture.open(model, dtype=dtype, device=device)
+    windows = architecture.windows(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens)
+    with progress("calibrating") as watch:
+        convert(opened.model, config, calibration=_watched(windows, watch))
+    save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
+    found = report(opened.model)
+    if as_json:
+        _print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
+    else:
+        typer.echo(str(found).splitlines()[0])
+        typer.echo(f"wrote {out}")
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    ppl: Annotated[Path, typer.Option(help="Text file to measure perplexity on.")],
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
+    execution: Annotated[str | None, typer.Option(help="fused or stepped.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a model, spiking or dense, with its protocol, speed and spikes."""
+    from spikeplug.conversion import set_execution
+
+    _need_file(ppl)
+    architecture = language()
+    opened = architecture.open(model, dtype=dtype, device=device)
+    if execution is not None:
+        set_execution(opened.model, execution)  # type: ignore[arg-type]
+    with progress("evaluating") as watch:
+        result = architecture.perplexity(opened, ppl, seqlen=seqlen, tokens=max_tokens, watch=watch)
+    if as_json:
+        _print_json(result)
+        return
+    typer.echo(f"perplexity {result['perplexity']:.4f}")
+    typer.echo("protocol   " + ", ".join(f"{key} {value}" for key, value in result["protocol"].items()))
+    typer.echo(f"speed      {result['tokens_per_second']:.1f} tokens/s, spikes counted")
+    if "spikes" in result:
+        typer.echo(f"spikes     {result['spikes']['per_token']:,.0f} per token, {result['spikes']['total']:,} in all")
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from `key=value` words: a value is JSON where it is, else text; lists may be written with commas.
+
+    Raises:
+        OptionError: a word has no `=`.
+    """
+    from spikeplug.config import ConversionConfig
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise OptionError(f"'-s {pair}': write it as -s key=value")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        listed = key in ("exclude", "passes") and key in ConversionConfig.model_fields
+        found[key] = text.split(",") if listed and isinstance(value, str) else value
+    return found
+
+
+def language() -> LanguageArchitecture:
+    """The architecture that opens language models.
+
+    Raises:
+        UnknownNameError: its plugin is not installed.
+    """
+    from spikeplug.types import LanguageArchitecture
+
+    architecture = registry.get_class("architecture", "transformers")()
+    if not isinstance(architecture, LanguageArchitecture):
+        raise ConversionError(f"architecture 'transformers' is a {type(architecture).__name__}, not a language one")
+    return architecture
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, and the function `watch(done, of)` that moves it. No bar where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
+
+
+def _watched(batches: Sequence[Any], watch: Callable[[int, int], None]) -> Iterator[Any]:
+    for index, batch in enumerate(batches):
+        watch(index, len(batches))
+        yield batch
+
+
+def _need_file(path: Path) -> None:
+    """Refuse a missing text before a model is loaded for it."""
+    if not path.is_file():
+        raise OptionError(f"cannot read the text {path}: {'it is no file' if path.exists() else 'it does not exist'}")
+
+
+def _brings(parts: dict[str, list[str]]) -> str:
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items())
+
+
+def _print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    # Without a terminal, rich would cut the columns to 80.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
