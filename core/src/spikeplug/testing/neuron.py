@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ class NeuronConformance(Guarded):
         return torch.randn(12, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
 
     def test_is_a_frozen_dataclass(self, neuron: Neuron) -> None:
-        assert dataclasses.is_dataclass(neuron)
-        assert type(neuron)(**dataclasses.asdict(neuron)) == neuron
+        assert hasattr(neuron, "__dataclass_fields__")
+        assert type(neuron)(**dataclasses.asdict(cast(Any, neuron))) == neuron
 
     def test_window_equals_the_step_loop(self, neuron: Neuron, currents: Tensor) -> None:
         state = neuron.init(currents[0])
@@ -52,8 +53,10 @@ class NeuronConformance(Guarded):
         for x in currents:
             kept, before = copy.deepcopy(state), x.clone()
             first, after = neuron.step(x, state)
-            second, _ = neuron.step(x, kept)
-            assert torch.equal(first, second)
+            again, _ = neuron.step(x, state)
+            fresh, _ = neuron.step(x, kept)
+            assert torch.equal(first, again)
+            assert torch.equal(first, fresh)
             assert torch.equal(x, before)
             state = after
 

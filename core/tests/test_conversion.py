@@ -1,0 +1,311 @@
+"""Converting plain PyTorch models: every verb, every refusal, and the file format."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import spikeplug
+from spikeplug import ConversionConfig, Recipe
+from spikeplug.errors import (
+    BundleError,
+    CalibrationError,
+    ConversionError,
+    NonFiniteError,
+    OptionError,
+    UnknownNameError,
+)
+from spikeplug.site import Site, sites
+
+
+@pytest.fixture
+def spiking(network, images):
+    return spikeplug.convert(network(), "rate", calibration=[images], steps=64)
+
+
+def test_fused_and_stepped_agree_and_differ_from_dense(network, images, spiking):
+    dense, fused = network()(images), spiking(images)
+    stepped = spikeplug.set_execution(spiking, "stepped")(images)
+    torch.testing.assert_close(stepped, fused, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(fused, dense)
+    assert (fused - dense).abs().max() < 0.2 * dense.abs().max()
+
+
+def test_spikes_are_counted_alike_in_both_executions(spiking, images):
+    totals = []
+    for execution in ("fused", "stepped"):
+        spikeplug.set_execution(spiking, execution)
+        with spikeplug.count_spikes(spiking) as counts:
+            spiking(images)
+            spiking(images)
+        totals.append({name: (count.spikes, count.neurons) for name, count in counts.by_site.items()})
+        assert counts.total == sum(spikes for spikes, _ in totals[-1].values())
+    assert totals[0] == totals[1]
+    assert totals[0]["0"][1] == 2 * images.numel()
+    spiking(images)
+    assert counts.total == sum(spikes for spikes, _ in totals[0].values())
+
+
+def test_report_names_every_operation(spiking, images):
+    spiking(images)
+    report = spikeplug.report(spiking)
+    assert {op.name: op.role for op in report.ops} == {
+        "0": "spiking", "1": "dense", "2": "dense", "3": "spiking", "4": "dense", "5": "spiking",
+    }  # fmt: skip
+    # conv: 4 x 4 outputs of 4 channels, 9 inputs each; linear: 64 x 16 and 16 x 3
+    assert [op.macs for op in report.ops if op.role == "spiking"] == [576, 1024, 48]
+    assert report.share() == 1.0
+    assert "100.0% of the MACs" in str(report)
+    assert json.dumps(report.to_dict())
+
+
+def test_excluded_layer_stays_dense_and_is_listed(network, images):
+    net = spikeplug.convert(network(), "rate", calibration=[images], exclude=["3"])
+    assert type(net[3]) is nn.Linear
+    report = spikeplug.report(net)
+    assert next(op for op in report.ops if op.name == "3").role == "dense"
+    assert report.share() is None
+
+
+def test_shared_site_codes_counts_and_observes_once(images):
+    encoder = spikeplug.get_encoder("rate")
+    site = Site("shared", "input", encoder, consumers=2)
+    first, second = nn.Linear(8, 4), nn.Linear(8, 4)
+    from spikeplug.site import make_spiking
+
+    make_spiking(first, site)
+    make_spiking(second, site, owner=False)
+    block = nn.ModuleDict({"first": first, "second": second})
+    assert set(block.state_dict()) == {f"{layer}.{p}" for layer in ("first", "second") for p in ("weight", "bias")}
+    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)))
+    for site.execution in ("fused", "stepped"):
+        with spikeplug.count_spikes(block) as counts:
+            first(images), second(images)
+        assert counts.total == int(encoder.count(images, site.params(images)).sum())
+    twin = copy.deepcopy(block)
+    assert twin["second"].source is twin["first"].site
+    assert twin["second"].source is not site
+
+
+def test_half_precision_model_keeps_its_scales(spiking, images):
+    scales = {name: site.scale.clone() for name, site in sites(spiking).items()}
+    spiking.bfloat16()
+    assert spiking[0].weight.dtype == torch.bfloat16
+    assert all(torch.equal(site.scale, scales[name]) for name, site in sites(spiking).items())
+    assert spiking(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_straight_through_gradient_reaches_every_weight(network, images, spiking):
+    spiking(images).square().sum().backward()
+    dense = network()
+    dense(images).square().sum().backward()
+    for ours, theirs in zip(spiking.parameters(), dense.parameters(), strict=True):
+        assert ours.grad.abs().sum() > 0
+        assert torch.nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.95
+
+
+def test_save_and_load_are_bit_equal(spiking, network, images, tmp_path):
+    spikeplug.save(spiking, tmp_path / "net")
+    loaded = spikeplug.load(tmp_path / "net", model=network())
+    assert torch.equal(loaded(images), spiking(images))
+    assert [op.macs for op in spikeplug.report(loaded).ops] == [op.macs for op in spikeplug.report(spiking).ops]
+    assert loaded.spikeplug_config == spiking.spikeplug_config
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "bad manifest", "newer", "traversal"])
+def test_damaged_folder_is_refused(spiking, network, tmp_path, damage):
+    folder = tmp_path / "net"
+    spikeplug.save(spiking, folder)
+    weights, manifest = folder / "model.safetensors", folder / "spikeplug.json"
+    content = json.loads(manifest.read_text())
+    if damage == "flip":
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif damage == "remove":
+        weights.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "bad manifest":
+        manifest.write_text("{}")
+    elif damage == "newer":
+        manifest.write_text(json.dumps({**content, "format": 99}))
+    else:
+        manifest.write_text(json.dumps({**content, "files": {"../x": "0"}}))
+    with pytest.raises(BundleError, match="net"):
+        spikeplug.load(folder, model=network())
+
+
+@pytest.mark.parametrize("moment", ["weights", "manifest", "interrupt"])
+def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, images, tmp_path, monkeypatch, moment):
+    folder = tmp_path / "net"
+    spikeplug.save(spiking, folder)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt if moment == "interrupt" else OSError(28, "No space left on device")
+
+    if moment == "manifest":
+        monkeypatch.setattr("spikeplug.bundle._sync", fail)
+    else:
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(KeyboardInterrupt if moment == "interrupt" else BundleError):
+        spikeplug.save(spiking, folder, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert torch.equal(spikeplug.load(folder, model=network())(images), spiking(images))
+
+
+def test_existing_folder_is_not_overwritten_unasked(spiking, tmp_path):
+    spikeplug.save(spiking, tmp_path / "net")
+    with pytest.raises(BundleError, match="exists"):
+        spikeplug.save(spiking, tmp_path / "net")
+    spikeplug.save(spiking, tmp_path / "net", overwrite=True)
+
+
+def test_refusals_of_convert(network, images):
+    with pytest.raises(UnknownNameError, match="unknown recipe 'rats', did you mean 'rate'"):
+        spikeplug.convert(network(), "rats", calibration=[images])
+    with pytest.raises(OptionError, match="unknown option 'step' of recipe 'rate', did you mean 'steps'"):
+        spikeplug.convert(network(), "rate", calibration=[images], step=3)
+    with pytest.raises(OptionError, match="steps=0"):
+        spikeplug.convert(network(), "rate", calibration=[images], steps=0)
+    with pytest.raises(CalibrationError, match="needs calibration data"):
+        spikeplug.convert(network(), "rate")
+    with pytest.raises(CalibrationError, match="no activation was seen"):
+        spikeplug.convert(network(), "rate", calibration=[])
+    with pytest.raises(OptionError, match=r"exclude='7' matches no site"):
+        spikeplug.convert(network(), "rate", calibration=[images], exclude=["7"])
+    with pytest.raises(UnknownNameError, match="unknown pass 'fold'"):
+        spikeplug.convert(network(), "rate", calibration=[images], passes=["fold"])
+    net = spikeplug.convert(network(), "rate", calibration=[images])
+    with pytest.raises(ConversionError, match="converted model already"):
+        spikeplug.convert(net, "rate", calibration=[images])
+
+
+def test_nan_weight_and_nan_calibration_are_named(network, images):
+    net = network()
+    net[3].weight.data[1, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"parameter '3\.weight'"):
+        spikeplug.convert(net, "rate", calibration=[images])
+    images[0, 0, 0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="site '0'"):
+        spikeplug.convert(network(), "rate", calibration=[images])
+
+
+def test_nan_at_run_time_is_named(spiking, images):
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="site '0'"):
+        spiking(images)
+
+
+def test_module_with_parameters_and_no_spiking_form_is_refused_unless_excluded(images):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64))
+
+        def forward(self, x):
+            return x * self.weight
+
+    def build():
+        return nn.Sequential(nn.Flatten(), Odd(), nn.Linear(64, 2))
+
+    with pytest.raises(ConversionError, match=r"module '1' \(Odd\) owns parameters"):
+        spikeplug.convert(build(), "rate", calibration=[images])
+    net = spikeplug.convert(build(), "rate", calibration=[images], exclude=["1"])
+    assert next(op for op in spikeplug.report(net).ops if op.name == "1").role == "dense"
+
+
+def test_uncalibrated_model_says_what_to_do(network, images, tmp_path):
+    net = spikeplug.prepare(network(), ConversionConfig.resolve("rate", {}))
+    with pytest.raises(CalibrationError, match=r"site '0' is not calibrated: call spikeplug\.calibrate"):
+        net(images)
+    with pytest.raises(CalibrationError, match="before saving"):
+        spikeplug.save(net, tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+    spikeplug.calibrate(net, [images])
+    net(images)
+
+
+def test_verbs_on_a_dense_model_say_so(network, tmp_path):
+    with pytest.raises(ConversionError, match="convert"):
+        spikeplug.set_execution(network(), "fused")
+    with pytest.raises(ConversionError, match="convert"):
+        spikeplug.report(network())
+    with pytest.raises(ConversionError, match="convert"):
+        spikeplug.save(network(), tmp_path / "net")
+
+
+def test_unknown_execution_is_refused(spiking):
+    with pytest.raises(OptionError, match="execution='fast': choose one of fused, stepped"):
+        spikeplug.set_execution(spiking, "fast")
+
+
+def test_config_round_trips_through_json_and_refuses_unknown_keys():
+    config = ConversionConfig.resolve("rate", {"steps": 8, "exclude": ["a.*"]})
+    assert config.encoder_options == {"steps": 8}
+    assert config.neuron_options == {"threshold": 8}
+    assert ConversionConfig.from_json(config.model_dump_json()) == config
+    with pytest.raises(OptionError, match="unknown key 'excludes', did you mean 'exclude'"):
+        ConversionConfig.parse({**config.model_dump(), "excludes": []})
+    with pytest.raises(OptionError, match="execution='slow'"):
+        ConversionConfig.parse({**config.model_dump(), "execution": "slow"})
+
+
+def test_recipe_of_a_third_party_works_without_registration(network, images):
+    recipe = Recipe(name="mine", summary="", encoder="rate", encoder_options={"steps": 9})
+    net = spikeplug.convert(network(), recipe, calibration=[images])
+    assert spikeplug.report(net).recipe == "mine"
+    spikeplug.set_execution(net, "stepped")(images)
+
+
+def _with_norms():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(144, 5),
+        nn.BatchNorm1d(5),
+    )
+    for _ in range(3):
+        net(torch.randn(16, 1, 8, 8))
+    return net.eval()
+
+
+def test_folding_keeps_the_function_and_is_reported(images):
+    net = _with_norms()
+    before = net(images)
+    folded = spikeplug.get_pass("fold-bn").apply(net)
+    assert folded == ["1", "6"]
+    torch.testing.assert_close(net(images), before, rtol=1e-5, atol=1e-6)
+    spiking = spikeplug.convert(_with_norms(), "rate", calibration=[images], passes=["fold-bn"], steps=256)
+    roles = {op.name: op.role for op in spikeplug.report(spiking).ops}
+    assert (roles["1"], roles["3"], roles["6"]) == ("folded", "dense", "folded")
+    assert (spiking(images) - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_folding_refuses_training_mode():
+    with pytest.raises(ConversionError, match=r"BN '1' uses statistics of the batch: call model\.eval"):
+        spikeplug.get_pass("fold-bn").apply(_with_norms().train())
+
+
+def test_folding_leaves_a_norm_whose_layer_is_read_elsewhere(images):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    assert spikeplug.get_pass("fold-bn").apply(Branch().eval()) == []
