@@ -164,9 +164,9 @@ def convert_command(
     _need_file(calibrate)
     architecture = language()
     opened = architecture.open(model, dtype=dtype, device=device)
-    windows = architecture.windows(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens)
+    batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens)
     with progress("calibrating") as watch:
-        convert(opened.model, config, calibration=_watched(windows, watch))
+        convert(opened.model, config, calibration=_watched(batches, watch))
     save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
     found = report(opened.model)
     if as_json:

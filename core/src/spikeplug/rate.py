@@ -76,7 +76,7 @@ class Rate(Encoder):
         return straight_through(x, lambda x: self.scaled(self.quantize(x, p), p).to(x.dtype))
 
     def count(self, x: Tensor, p: CodeParams) -> Tensor:
-        return self.quantize(x, p).abs_().to(torch.int64)
+        return self.quantize(x, p).abs_().to(torch.int32)
 
     def span(self, p: CodeParams) -> tuple[Tensor, Tensor]:
         return -self.steps * p.scale, self.steps * p.scale

