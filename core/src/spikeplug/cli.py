@@ -27,6 +27,9 @@ app = typer.Typer(
     help="Turn pretrained networks into spiking ones under coding schemes that are plugins.",
 )
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'smollm2'.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -52,7 +55,12 @@ def _one_line() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        # typer turns Ctrl-C into this status without a word.
+        if end.code == INTERRUPTED:
+            sys.stderr.write("interrupted\n")
+        raise
     except BrokenPipeError:
         sys.exit(1)
 

@@ -102,7 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         model.train(training)
         for site in observed.values():
             site.observer = None
-            site._memo = None
+            site.forget()
     for name, params in fitted.items():
         observed[name].set_params(params)
     return model
@@ -130,7 +130,7 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
         raise OptionError(f"execution='{execution}': choose one of {', '.join(EXECUTIONS)}")
     for site in sites(model).values():
         site.execution = execution
-        site._memo = None
+        site.forget()
     return model
 
 

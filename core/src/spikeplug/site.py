@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from spikeplug.stats import Observer
 from spikeplug.types import CodeParams, Encoder, Neuron
 
 Execution = Literal["fused", "stepped"]
+Receiver = Callable[[CodeParams, Iterator[Tensor]], Tensor]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
 
 
@@ -47,7 +49,7 @@ class SpikeCount:
 
 
 class Site(nn.Module):
-    """Codes one activation. Called, it gives the decoded value; `stream` gives the spikes, step by step.
+    """Codes one activation. Called, it gives the decoded value, or hands the spikes to a receiver step by step.
 
     Several layers may read one site (q, k and v projections): the first call with an activation codes it and the
     following ones, with the same tensor, get the same result.
@@ -75,6 +77,7 @@ class Site(nn.Module):
         self.observer: Observer | None = None
         self.counter: SpikeCount | None = None
         self._memo: tuple[Tensor, Tensor, int] | None = None
+        self._read: tuple[Tensor, int] | None = None
 
     def extra_repr(self) -> str:
         return f"{self.encoder}"
@@ -83,6 +86,10 @@ class Site(nn.Module):
     def calibrated(self) -> bool:
         """Whether the site can code: it has parameters, or its code needs none."""
         return "scale" in self._buffers or not self.encoder.static
+
+    def forget(self) -> None:
+        """Drop what is kept of the last activation for the other layers that read it."""
+        self._memo = self._read = None
 
     def set_params(self, p: CodeParams) -> None:
         """Store the parameters, as buffers of their names."""
@@ -105,16 +112,22 @@ class Site(nn.Module):
         tensors = {name: buffer.to(x.device) for name, buffer in self._buffers.items() if buffer is not None}
         return self.encoder.params(x, CodeParams.from_tensors(tensors))
 
-    def forward(self, x: Tensor, new: int | None = None) -> Tensor:
-        """Decoded value of the window of `x`, same shape and dtype.
+    def forward(self, x: Tensor, new: int | None = None, receive: Receiver | None = None) -> Tensor:
+        """Decoded value of the window of `x`, same shape and dtype; or what the receiver makes of its spikes.
 
         Args:
+            receive: given the parameters and the T spikes `[*S]` of `x`, in stepped execution. A layer passes itself
+                through here, and not around it, so that hooks which place the parameters (offload) see every use.
             new: only the last `new` positions of dimension -2 are counted; the others, which come from a cache,
                 were counted when they were new.
 
         Raises:
             NonFiniteError: `x` holds NaN or infinity; the message names the site.
         """
+        if receive is not None:
+            with self._named():
+                p = self.params(x)
+                return receive(p, self._stream(x, p, new))
         if self._memo is not None and self._memo[0] is x:
             _, value, left = self._memo
             self._memo = (x, value, left - 1) if left > 1 else None
@@ -137,20 +150,30 @@ class Site(nn.Module):
                 self.counter.add(self.encoder.count(fresh, p), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
-    def stream(self, x: Tensor, p: CodeParams, new: int | None = None, count: bool = True) -> Iterator[Tensor]:
+    def _stream(self, x: Tensor, p: CodeParams, new: int | None) -> Iterator[Tensor]:
         """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
-        with self._named():
-            neuron, encoder = self.neuron, self.encoder
-            spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
-            for step, s in enumerate(spikes):
-                if count and self.counter is not None:
-                    fresh = _latest(s, new)
-                    self.counter.add(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
-                yield s.to(x.dtype)
+        neuron, encoder, counter = self.neuron, self.encoder, self._meter(x)
+        spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
+        for step, s in enumerate(spikes):
+            if counter is not None:
+                fresh = _latest(s, new)
+                counter.add(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
+            yield s.to(x.dtype)
+
+    def _meter(self, x: Tensor) -> SpikeCount | None:
+        """The counter, for the first of the layers that read the spikes of this activation."""
+        if self.counter is None or self.consumers == 1:
+            return self.counter
+        if self._read is not None and self._read[0] is x:
+            left = self._read[1] - 1
+            self._read = (x, left) if left else None
+            return None
+        self._read = (x, self.consumers - 1)
+        return self.counter
 
     def _decoded(self, x: Tensor, p: CodeParams, new: int | None) -> Tensor:
         total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
-        for weight, s in zip(self.encoder.weights().tolist(), self.stream(x, p, new), strict=True):
+        for weight, s in zip(self.encoder.weights().tolist(), self._stream(x, p, new), strict=True):
             total.add_(s, alpha=weight)
         return self.encoder.scaled(total, p).to(x.dtype)
 
@@ -192,7 +215,7 @@ class SpikingLayer(nn.Module):
         return self._source[0]
 
     def attach(self, site: Site, owner: bool) -> None:
-        """Receive the spikes of `site`; the owner registers it as a child and counts its spikes."""
+        """Receive the spikes of `site`; the owner registers it as a child."""
         # A tuple hides the site from nn.Module's registration in the layers that only read it.
         self._source = (site,)
         if owner:
@@ -206,15 +229,15 @@ class SpikingLayer(nn.Module):
         """Same signature and result shape as the dense layer's."""
         site = self.source
         if site.execution == "stepped" and site.observer is None:
-            y = self._stepped(x, site)
+            y: Tensor = site(x, receive=functools.partial(self._stepped, x))
         else:
             y = self.synapse(site(x), self.weight, self.bias)
         self.macs = y[0].numel() * self.weight[0].numel() if y.numel() else None
         return y
 
-    def _stepped(self, x: Tensor, site: Site) -> Tensor:
+    def _stepped(self, x: Tensor, p: CodeParams, spikes: Iterator[Tensor]) -> Tensor:
         """Every step's spikes pass through the weights; d(t) is applied to the current that they cause."""
-        p = site.params(x)
+        site = self.source
         dtype = torch.promote_types(x.dtype, p.scale.dtype)
         weight = self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -222,7 +245,6 @@ class SpikingLayer(nn.Module):
         # A scale per tensor or per token leaves the sum over inputs; one per channel scales the spikes themselves.
         per_channel = site.encoder.static and scale.numel() > 1
         y = torch.zeros((), dtype=dtype, device=x.device)
-        spikes = site.stream(x, p, count="site" in self._modules)
         for d, s in zip(site.encoder.weights().tolist(), spikes, strict=True):
             s = s.to(dtype) * scale if per_channel else s.to(dtype)
             y = y + d * self.synapse(s, weight, None)

@@ -14,8 +14,8 @@ import typer
 if TYPE_CHECKING:
     from spikeplug.types import Opened
 
-PROMPT = "The capital of France is"
-NEW_TOKENS = 24
+PROMPT = "Gravity is the force that"
+NEW_TOKENS = 32
 
 
 def demo(
@@ -133,7 +133,8 @@ def _continue(opened: Opened) -> str:
     inputs = opened.tokenizer(PROMPT, return_tensors="pt")
     model: Any = opened.model
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
-    return str(opened.tokenizer.decode(ids[0], skip_special_tokens=True)).strip()
+    sentence, stop, _ = str(opened.tokenizer.decode(ids[0], skip_special_tokens=True)).partition(". ")
+    return sentence.strip() + stop.strip()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import spikeplug
 from spikeplug.bundle import MANIFEST
-from spikeplug.errors import BundleError, OptionError
+from spikeplug.errors import BundleError, OptionError, SpikeplugError
 from spikeplug.types import Opened
 
 SMOLLM2 = "smollm2"
@@ -42,12 +42,9 @@ def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Open
     path = _smollm2() if source == SMOLLM2 else Path(source)
     try:
         opened = _open(path, source, dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BundleError(f"cannot read the model '{source}': {first_line(error)}") from error
-    # safetensors' own error is a bare Exception.
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SpikeplugError:
+        raise
+    except Exception as error:  # a damaged file makes its reader raise anything
         raise BundleError(f"cannot read the model '{source}': {first_line(error)}") from error
     if where.type != "cpu":
         opened.model.to(where)

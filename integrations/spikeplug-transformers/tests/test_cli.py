@@ -1,0 +1,183 @@
+"""The command line on tiny models: convert, eval, and a clear line for every bad input."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spikeplug_transformers.text import calibration, windows
+
+
+def _convert(cli, dense_folder, text, tmp_path, *more):
+    return cli(
+        "convert", dense_folder, "--recipe", "bse", "--calibrate", text, "--out", tmp_path / "spiking", "--seqlen", 32,
+        *more,
+    )  # fmt: skip
+
+
+def test_convert_then_eval(cli, dense_folder, text, tmp_path):
+    code, out, _ = _convert(cli, dense_folder, text, tmp_path, "-s", "steps=12", "-s", "exclude=head", "--json")
+    assert code == 0
+    assert out["config"]["encoder_options"] == {"steps": 12}
+    assert out["config"]["exclude"] == ["head"]
+    assert {op["role"] for op in out["report"]["ops"]} == {"coded", "spiking", "decoded", "dense"}
+    arguments = ["--ppl", text, "--seqlen", 32, "--max-tokens", 320, "--json"]
+    code, dense, _ = cli("eval", dense_folder, *arguments)
+    assert code == 0
+    assert "spikes" not in dense
+    code, spiking, _ = cli("eval", tmp_path / "spiking", *arguments)
+    assert code == 0
+    assert spiking["perplexity"] == pytest.approx(dense["perplexity"], rel=0.05)
+    assert spiking["perplexity"] != dense["perplexity"]
+    protocol = spiking["protocol"]
+    assert (protocol["text"], protocol["seqlen"], protocol["stride"], protocol["tokens"]) == ("text.txt", 32, 32, 320)
+    assert (protocol["targets"], protocol["bos"], len(protocol["sha256"])) == (310, False, 64)
+    assert spiking["spikes"]["per_token"] == spiking["spikes"]["total"] / 320
+    assert spiking["report"]["macs_share"]["spiking"] > 0
+    code, stepped, _ = cli("eval", tmp_path / "spiking", *arguments, "--execution", "stepped")
+    assert stepped["perplexity"] == pytest.approx(spiking["perplexity"], rel=1e-4)
+    assert stepped["spikes"]["total"] == pytest.approx(spiking["spikes"]["total"], rel=1e-3)
+
+
+def test_eval_is_the_perplexity_of_the_logits(cli, dense_folder, text, tokenizer):
+    _, out, _ = cli("eval", dense_folder, "--ppl", text, "--seqlen", 16, "--max-tokens", 48, "--json")
+    ids = tokenizer(text.read_text(), return_tensors="pt")["input_ids"][0, :48].reshape(3, 16)
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    logs = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+    assert out["perplexity"] == pytest.approx(math.exp(-logs.mean().item()), rel=1e-5)
+
+
+def test_plain_output_says_protocol_and_share(cli, dense_folder, text, tmp_path):
+    code, out, _ = _convert(cli, dense_folder, text, tmp_path)
+    assert code == 0
+    assert "of the MACs per token at context 512 are spiking" in out
+    code, out, _ = cli("eval", tmp_path / "spiking", "--ppl", text, "--seqlen", 32, "--max-tokens", 64)
+    assert code == 0
+    assert "sha256" in out
+    assert "spikes" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipe", "bsee"], "unknown recipe 'bsee', did you mean 'bse'"),
+        (["-s", "step=3"], "unknown option 'step' of recipe 'bse', did you mean 'steps'"),
+        (["-s", "steps=40"], "steps=40: a whole number from 1 to 32"),
+        (["-s", "steps"], "write it as -s key=value"),
+        (["-s", "encoder=bsx"], "unknown encoder 'bsx'"),
+        (["--dtype", "float8"], "dtype='float8': choose one of"),
+        (["--device", "warp"], "device='warp'"),
+        (["--calibrate-tokens", "1"], "at least 2 is needed"),
+        (["--calibrate", "no.txt"], "cannot read the text no.txt: it does not exist"),
+        (["--out", "/proc/spiking"], "cannot write /proc/spiking"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_of_convert_are_one_line(cli, dense_folder, text, tmp_path, more, message):
+    code, _, err = _convert(cli, dense_folder, text, tmp_path, *more)
+    assert code == 1
+    line = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not (tmp_path / "spiking").exists()
+
+
+@pytest.mark.parametrize("content", ["", " \n", "a"], ids=["empty", "blank", "one token"])
+def test_short_texts_are_one_line(cli, dense_folder, tmp_path, content):
+    short = tmp_path / "short.txt"
+    short.write_text(content)
+    code, _, err = cli("eval", dense_folder, "--ppl", short)
+    assert code == 1
+    assert "is empty" in err or "the text has 1 token: at least 2 are needed" in err
+
+
+def test_binary_text_is_one_line(cli, dense_folder, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    code, _, err = cli("eval", dense_folder, "--ppl", tmp_path / "x.txt")
+    assert code == 1
+    assert "it is not UTF-8 text" in err
+
+
+@pytest.mark.parametrize(
+    "what", ["missing", "a file", "empty folder", "bad gguf", "truncated", "bad config", "not converted"]
+)
+def test_what_is_no_model_is_one_line(cli, dense_folder, text, tmp_path, what):
+    model = dense_folder
+    if what == "missing":
+        model = tmp_path / "nowhere"
+    elif what == "a file":
+        model = text
+    elif what == "empty folder":
+        model = tmp_path / "empty"
+        model.mkdir()
+    elif what == "bad gguf":
+        model = tmp_path / "x.gguf"
+        model.write_bytes(b"GGUF but not really")
+    elif what == "truncated":
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif what == "bad config":
+        (model / "config.json").write_text("{")
+    arguments = ["--execution", "stepped"] if what == "not converted" else []
+    code, _, err = cli("eval", model, "--ppl", text, *arguments)
+    assert code == 1
+    assert [line for line in err.splitlines() if line.startswith("error: ")], err
+
+
+def test_nan_weights_are_one_line(cli, dense_folder, text, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense_folder)
+    model.lm_head.weight.data[0, 0] = float("nan")
+    model.save_pretrained(dense_folder)
+    code, _, err = _convert(cli, dense_folder, text, tmp_path)
+    assert code == 1
+    assert "parameter 'lm_head.weight' holds NaN or infinity" in err
+    code, _, err = cli("eval", dense_folder, "--ppl", text)
+    assert code == 1
+    assert "NaN or infinite" in err
+
+
+def test_existing_folder_is_kept_unless_forced(cli, dense_folder, text, tmp_path):
+    (tmp_path / "spiking").mkdir()
+    (tmp_path / "spiking" / "mine").write_text("precious")
+    code, _, err = _convert(cli, dense_folder, text, tmp_path)
+    assert code == 1
+    assert "exists" in err
+    assert (tmp_path / "spiking" / "mine").read_text() == "precious"
+    assert _convert(cli, dense_folder, text, tmp_path, "--force")[0] == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder_is_one_line(cli, dense_folder, text, tmp_path):
+    tmp_path.chmod(0o500)
+    code, _, err = _convert(cli, dense_folder, text, tmp_path)
+    tmp_path.chmod(0o700)
+    assert code == 1
+    assert "no permission to write" in err
+
+
+def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spikeplug.stats.Observer._sample", interrupt)
+    before = set(tmp_path.iterdir())
+    code, _, err = _convert(cli, dense_folder, text, tmp_path)
+    assert code == 130
+    assert err.endswith("interrupted\n")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_windows_do_not_overlap_and_drop_the_rest():
+    ids = torch.arange(100)
+    cut = windows(ids, 30, None)
+    assert [tuple(window.shape) for window in cut] == [(1, 30)] * 3
+    assert torch.cat(cut, dim=1).tolist() == [list(range(90))]
+    assert [tuple(window.shape) for window in windows(ids, 512, 50)] == [(1, 50)]
+
+
+def test_calibration_adds_short_windows_of_half_the_text():
+    batches = calibration(torch.arange(2048), 512, 1024)
+    assert [tuple(batch.shape) for batch in batches] == [(1, 512), (1, 512), (32, 16)]
