@@ -6,10 +6,7 @@ import math
 import os
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
-
-from spikeplug_transformers.text import calibration, windows
 
 
 def _convert(cli, dense_folder, text, tmp_path, *more):
@@ -168,16 +165,3 @@ def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, 
     assert code == 130
     assert err.endswith("interrupted\n")
     assert set(tmp_path.iterdir()) == before
-
-
-def test_windows_do_not_overlap_and_drop_the_rest():
-    ids = torch.arange(100)
-    cut = windows(ids, 30, None)
-    assert [tuple(window.shape) for window in cut] == [(1, 30)] * 3
-    assert torch.cat(cut, dim=1).tolist() == [list(range(90))]
-    assert [tuple(window.shape) for window in windows(ids, 512, 50)] == [(1, 50)]
-
-
-def test_calibration_adds_short_windows_of_half_the_text():
-    batches = calibration(torch.arange(2048), 512, 1024)
-    assert [tuple(batch.shape) for batch in batches] == [(1, 512), (1, 512), (32, 16)]

