@@ -20,10 +20,9 @@ SOURCES = {path.name: sorted(path.rglob("*.py")) for project in PROJECTS for pat
 ALLOWED = {
     "spikeplug": {"torch", "numpy", "pluggy", "pydantic", "safetensors", "typer", "rich", "pytest", "hypothesis"},
     "plugin": {"spikeplug", "torch"},
-    "integration": {
-        "spikeplug", "torch", "safetensors", "transformers", "accelerate", "gguf", "typer", "rich", "jinja2", "matplotlib",
-    },
-}  # fmt: skip
+    "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
+    | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib"},
+}
 """What each kind of distribution may import besides the standard library and itself."""
 
 

