@@ -10,9 +10,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 import spikeplug
 import spikeplug_transformers
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, NonFiniteError, OptionError
-from spikeplug.site import SpikingLinear, sites
+from spikeplug.layers import SpikingLinear
+from spikeplug.site import sites
 from spikeplug_transformers import SpikeConfig
-from spikeplug_transformers.attention import spiking_attention
+from spikeplug_transformers.attention import Softmax, spiking_attention
 
 LAYER_SITES = {
     "self_attn.q_proj", "self_attn.query", "self_attn.key", "self_attn.value", "self_attn.probabilities",
@@ -190,6 +191,7 @@ def test_padding_does_not_change_the_other_tokens(spiking, ids):
 def test_attention_without_sites_equals_transformers_own(build):
     generator = torch.Generator().manual_seed(0)
     module = build().model.layers[0].self_attn
+    module.softmax = Softmax()
     query = torch.randn(2, 4, 5, 8, generator=generator)
     key, value = torch.randn(2, 2, 2, 9, 8, generator=generator).unbind(0)
     mask = torch.zeros(2, 1, 5, 9).masked_fill_(torch.rand(2, 1, 5, 9, generator=generator) < 0.3, -1e30)

@@ -19,6 +19,7 @@ from spikeplug.errors import (
     OptionError,
     UnknownNameError,
 )
+from spikeplug.layers import make_spiking
 from spikeplug.site import Site, sites
 
 
@@ -75,8 +76,6 @@ def test_shared_site_codes_counts_and_observes_once(images):
     encoder = spikeplug.get_encoder("rate")
     site = Site("shared", "input", encoder, consumers=2)
     first, second = nn.Linear(8, 4), nn.Linear(8, 4)
-    from spikeplug.site import make_spiking
-
     make_spiking(first, site)
     make_spiking(second, site, owner=False)
     block = nn.ModuleDict({"first": first, "second": second})

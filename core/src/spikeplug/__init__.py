@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from spikeplug.hookspecs import API_VERSION, hookimpl
 
 if TYPE_CHECKING:
+    from spikeplug.architecture import Architecture
     from spikeplug.bundle import load, save
     from spikeplug.config import ConversionConfig
     from spikeplug.conversion import calibrate, convert, count_spikes, prepare, report, set_execution
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from spikeplug.errors import SpikeplugError
     from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe
     from spikeplug.stats import ActivationStats
-    from spikeplug.types import Architecture, CodeParams, Encoder, Neuron, Recipe
+    from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "architecture": ("Architecture",),
     "bundle": ("load", "save"),
     "config": ("ConversionConfig",),
     "conversion": ("calibrate", "convert", "count_spikes", "prepare", "report", "set_execution"),
@@ -31,7 +33,7 @@ _HOME = {
     "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe"),
     "coverage": ("ConversionReport",),
     "stats": ("ActivationStats",),
-    "types": ("Architecture", "CodeParams", "Encoder", "Neuron", "Recipe"),
+    "types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

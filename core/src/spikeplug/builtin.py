@@ -19,7 +19,7 @@ def spikeplug_neurons() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_approximators() -> dict[str, str]:
-    return {"exact": "spikeplug.exact:Exact"}
+    return {"exact": "spikeplug.nonlinear:Exact"}
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from spikeplug.errors import ConversionError, OptionError, PluginError, Spikeplu
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from spikeplug.types import LanguageArchitecture
+    from spikeplug.architecture import LanguageArchitecture
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -243,7 +243,7 @@ def language() -> LanguageArchitecture:
     Raises:
         UnknownNameError: its plugin is not installed.
     """
-    from spikeplug.types import LanguageArchitecture
+    from spikeplug.architecture import LanguageArchitecture
 
     architecture = registry.get_class("architecture", "transformers")()
     if not isinstance(architecture, LanguageArchitecture):

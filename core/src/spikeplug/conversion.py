@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from spikeplug import plugins
+from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
 from spikeplug.site import EXECUTIONS, Execution, Site, SpikeCount, sites
 from spikeplug.stats import Observer
-from spikeplug.types import Architecture, Recipe
+from spikeplug.types import Recipe
 
 
 def architecture_of(model: nn.Module) -> Architecture:

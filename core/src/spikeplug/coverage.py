@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
-from spikeplug.site import Site
+from spikeplug.types import Encoder
 
 ROLES = {
     "spiking": "weighted layer on spikes: accumulates (AC) in place of multiply-accumulates (MAC)",
@@ -86,13 +86,8 @@ class ConversionReport:
         return "\n".join([f"recipe {self.recipe}: {spiking} of the MACs per {self.unit} are spiking{extra}", *rows])
 
 
-def code_text(site: Site) -> str:
-    """The code of a site in words, and what its scale depends on."""
-    return f"{site.encoder}"
-
-
-def dynamic_note(site: Site) -> str:
-    """The warning that a dynamic scale must carry, or nothing."""
-    if site.encoder.static:
+def dynamic_note(encoder: Encoder) -> str:
+    """The warning that a code with scales found at run time must carry, or nothing."""
+    if encoder.static:
         return ""
     return "scales are computed at run time, not calibrated: results may depend on how features are sharded"

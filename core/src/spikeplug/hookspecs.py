@@ -62,7 +62,7 @@ def spikeplug_recipes() -> dict[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
-    """Ways to convert, calibrate, save and load one kind of model: instances of `spikeplug.types.Architecture`.
+    """Ways to convert, calibrate, save and load one kind of model: instances of `spikeplug.Architecture`.
 
     The name is that of the top-level package in which the model's class, or one of its bases, is defined
     (`transformers`, `torch`), so that the right one is found without importing any of them.

@@ -11,11 +11,14 @@ import safetensors.torch
 from torch import nn
 
 from spikeplug import plugins
+from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import BundleError, ConversionError
-from spikeplug.site import SPIKING, Site, SpikingLayer, channels_of, make_spiking
-from spikeplug.types import Architecture, CodeParams
+from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
+from spikeplug.nonlinear import OPS, approximate
+from spikeplug.site import Site
+from spikeplug.types import CodeParams
 
 DENSE_WITH_WEIGHTS = (
     nn.modules.batchnorm._BatchNorm,
@@ -53,17 +56,19 @@ class ModuleTree(Architecture):
                     f"list it under exclude to leave it dense. {_choices()}"
                 )
         folded = [name for each in config.passes for name in plugins.get_pass(each).apply(model)]
+        ops = {name: OPS[type(module)] for name, module in model.named_modules() if type(module) in OPS}
+        replaced = approximate(model, config, ops)
         encoder, neuron = config.build()
         for name, module in list(model.named_modules()):
             if name in names and not config.excludes(name, "input"):
                 make_spiking(module, Site(name, "input", encoder, neuron, channels_of(module)))
         model.spikeplug_folded = folded  # type: ignore[assignment]
+        model.spikeplug_approximated = replaced  # type: ignore[assignment]
         return model
 
     def report(self, model: nn.Module) -> ConversionReport:
         config: ConversionConfig = model.spikeplug_config  # type: ignore[assignment]
-        folded: list[str] = model.spikeplug_folded  # type: ignore[assignment]
-        return ConversionReport(config.recipe, tuple(_ops(model, folded)), "sample")
+        return ConversionReport(config.recipe, tuple(_ops(model)), "sample")
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -107,13 +112,17 @@ def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _ops(model: nn.Module, folded: list[str]) -> Iterator[Op]:
+def _ops(model: Any) -> Iterator[Op]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, SpikingLayer):
             dense = kind.removeprefix("Spiking")
-            yield Op(name, dense, "spiking", module.macs, str(module.source.encoder), dynamic_note(module.source))
-        elif name in folded:
+            yield Op(
+                name, dense, "spiking", module.macs, str(module.source.encoder), dynamic_note(module.source.encoder)
+            )
+        elif name in model.spikeplug_approximated:
+            yield Op(name, model.spikeplug_approximated[name], "approximated", 0, kind)
+        elif name in model.spikeplug_folded:
             yield Op(name, "BatchNorm", "folded")
         elif type(module) in SPIKING:
             yield Op(name, kind, "dense", None, note="excluded layers are dense; their MACs are not counted")

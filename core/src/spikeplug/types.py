@@ -1,4 +1,4 @@
-"""The types that plugins and core share: codes, neurons, recipes, and how a kind of model is handled.
+"""The types that plugins and core share: codes, neurons, approximators, passes and recipes.
 
 Time is the first axis everywhere: a window is `[T, *S]` for an activation of shape `[*S]`. Spikes are 0, 1 or -1.
 """
@@ -8,16 +8,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from spikeplug.config import ConversionConfig
-    from spikeplug.coverage import ConversionReport
     from spikeplug.stats import ActivationStats
 
 
@@ -204,77 +201,6 @@ class Recipe:
     passes: tuple[str, ...] = ()
     targets: frozenset[str] = frozenset({"module", "lm"})
     """Kinds of network it is meant for: `module` (plain PyTorch), `lm` (language model)."""
-
-
-class Architecture(ABC):
-    """How one kind of model is converted, calibrated, saved and loaded."""
-
-    target: ClassVar[str]
-    """The kind of network, as in `Recipe.targets`."""
-
-    @abstractmethod
-    def prepare(self, model: torch.nn.Module, config: ConversionConfig) -> torch.nn.Module:
-        """Apply the passes and put spiking modules, not yet calibrated, in place of the dense ones.
-
-        Raises:
-            ConversionError: a part of the model is not understood; the message names it.
-        """
-
-    def feed(self, model: torch.nn.Module, batch: Any) -> None:
-        """Run one calibration batch."""
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
-
-    @abstractmethod
-    def report(self, model: torch.nn.Module) -> ConversionReport:
-        """What became of every operation."""
-
-    @abstractmethod
-    def save(self, model: torch.nn.Module, folder: Path, **options: Any) -> None:
-        """Write the model's files into an existing empty folder."""
-
-    @abstractmethod
-    def load(self, folder: Path, **options: Any) -> torch.nn.Module:
-        """Read what `save` wrote."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A language model and its tokenizer, as a command line named them."""
-
-    model: torch.nn.Module
-    tokenizer: Any
-    name: str
-
-
-class LanguageArchitecture(Architecture):
-    """An architecture whose models the command line can open, calibrate on text and score."""
-
-    @abstractmethod
-    def open(self, source: str, *, dtype: str, device: str) -> Opened:
-        """The model that a command line names: a folder, a hub id, a file, or a name of the architecture's own.
-
-        Raises:
-            SpikeplugError: there is no model, or it cannot be read.
-        """
-
-    @abstractmethod
-    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
-        """Calibration batches, token ids `[B, S]`, made of the first `tokens` tokens of a text.
-
-        Raises:
-            SpikeplugError: the text cannot be read or is too short.
-        """
-
-    @abstractmethod
-    def perplexity(
-        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
-    ) -> dict[str, Any]:
-        """Perplexity of a text with its protocol, speed and spikes; `watch(done, of)` follows the windows."""
 
 
 class _StraightThrough(torch.autograd.Function):

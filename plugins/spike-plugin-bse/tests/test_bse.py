@@ -9,7 +9,8 @@ from spike_plugin_bse.encoder import BSE
 from spike_plugin_bse.neuron import BitIF, soma
 from spikeplug import ActivationStats
 from spikeplug.errors import OptionError
-from spikeplug.site import Site, make_spiking
+from spikeplug.layers import make_spiking
+from spikeplug.site import Site
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.testing.encoder import activations
 from spikeplug.types import CodeParams

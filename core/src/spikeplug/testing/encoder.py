@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spikeplug.errors import NonFiniteError
-from spikeplug.site import Site, SpikingLinear, make_spiking
+from spikeplug.layers import SpikingLinear, make_spiking
+from spikeplug.site import Site
 from spikeplug.stats import ActivationStats
 from spikeplug.testing.guard import Guarded
 from spikeplug.types import CodeParams, Encoder, Neuron

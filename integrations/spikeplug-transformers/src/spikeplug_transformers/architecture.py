@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from spikeplug.architecture import LanguageArchitecture, Opened
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import BundleError, ConversionError
-from spikeplug.types import LanguageArchitecture, Opened
 
 from . import source, text
 from .attention import IMPLEMENTATION

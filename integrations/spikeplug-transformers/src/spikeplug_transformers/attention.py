@@ -31,7 +31,7 @@ IGNORED = {"dropout", "sliding_window", "is_causal", "position_ids", "use_cache"
 
 
 def spiking_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,11 +68,19 @@ def spiking_attention(
     scores = torch.matmul(rows, key.transpose(2, 3)).view(batch, heads, length, -1)
     if attention_mask is not None:
         scores = scores.add_(attention_mask)
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32)
+    probabilities = module.softmax(scores)
     probabilities = F.dropout(probabilities, dropout, module.training)
     coded = _coded(module, "probabilities", probabilities).to(query.dtype)
     output = torch.matmul(coded.view(batch, -1, groups * length, coded.shape[-1]), value)
     return output.view(batch, heads, length, size).transpose(1, 2).contiguous(), coded
+
+
+class Softmax(nn.Module):
+    """Softmax over the last dimension, in float32; a module, so that an approximator can stand in its place."""
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """`[..., K] -> [..., K]`."""
+        return F.softmax(scores, dim=-1, dtype=torch.float32)
 
 
 def _coded(module: nn.Module, kind: str, x: Tensor, new: int | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from spikeplug.types import Opened
+    from spikeplug.architecture import Opened
 
 PROMPT = "Gravity is the force that"
 NEW_TOKENS = 32
@@ -90,8 +90,8 @@ class _Measure:
         self.seqlen, self.tokens, self.calibrate_tokens, self.watch = seqlen, tokens, calibrate_tokens, watch
 
     def __call__(self, dense: Opened, recipe: str | None) -> dict[str, Any]:
+        from spikeplug.architecture import Opened
         from spikeplug.conversion import convert
-        from spikeplug.types import Opened
 
         opened, steps, code = dense, None, "floating point"
         if recipe is not None:

@@ -12,9 +12,11 @@ from spikeplug import plugins
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, listed
-from spikeplug.site import CodedEmbedding, Site, SpikingLayer, SpikingLinear, make_spiking
+from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
+from spikeplug.nonlinear import approximate
+from spikeplug.site import Site
 
-from .attention import OPERANDS, refuse_other_attention
+from .attention import OPERANDS, Softmax, refuse_other_attention
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `config.model_type` whose layers are known to be those of LLAMA_LAYER."""
@@ -104,9 +106,21 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     modules = dict(model.named_modules())
     for place in found:
         _fill(place, config, modules)
+    model.spikeplug_approximated = _approximate(model, config)  # type: ignore[assignment]
     for _, block in attention_blocks(model):
         if any(hasattr(block, f"{operand}_site") for operand in OPERANDS):
             block.register_forward_pre_hook(refuse_other_attention)
+
+
+def _approximate(model: nn.Module, config: ConversionConfig) -> dict[str, str]:
+    """Replace norms, activations and the softmax of attention; return the operations that were, by name."""
+    activation = model.config.hidden_act  # type: ignore[union-attr]
+    ops = {name: "rmsnorm" for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    ops |= {name: activation for name, _ in model.named_modules() if name.endswith(".mlp.act_fn")}
+    for name, block in attention_blocks(model):
+        block.softmax = Softmax()
+        ops[f"{name}.softmax"] = "softmax"
+    return approximate(model, config, ops)
 
 
 def codes_attention(config: ConversionConfig, model: nn.Module) -> bool:
@@ -135,14 +149,17 @@ def family_report(model: nn.Module, recipe: str) -> ConversionReport:
     return ConversionReport(recipe, tuple(_ops(model)), f"token at context {CONTEXT}")
 
 
-def _ops(model: nn.Module) -> Iterator[Op]:
+def _ops(model: Any) -> Iterator[Op]:
+    replaced = model.spikeplug_approximated
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, CodedEmbedding):
-            yield Op(name, "Embedding", "coded", 0, str(module.site.encoder), dynamic_note(module.site))
+        if name in replaced:
+            yield Op(name, replaced[name], "approximated", 0, kind)
+        elif isinstance(module, CodedEmbedding):
+            yield Op(name, "Embedding", "coded", 0, str(module.site.encoder), dynamic_note(module.site.encoder))
         elif isinstance(module, SpikingLinear):
             code = str(module.source.encoder)
-            yield Op(name, "Linear", "spiking", int(module.weight.numel()), code, dynamic_note(module.source))
+            yield Op(name, "Linear", "spiking", int(module.weight.numel()), code, dynamic_note(module.source.encoder))
         elif isinstance(module, nn.Linear):
             yield Op(name, kind, "dense", module.weight.numel())
         elif name.endswith(".self_attn"):
@@ -157,8 +174,7 @@ def _products(name: str, attention: Any) -> Iterator[Op]:
         found = [getattr(attention, f"{operand}_site", None) for operand in operands]
         coded = [str(site.encoder) for site in found if site is not None]
         role = "decoded" if len(coded) == len(found) else "dense"
-        note = next((dynamic_note(site) for site in found if site is not None), "")
+        note = next((dynamic_note(site.encoder) for site in found if site is not None), "")
         if coded and role == "dense":
             note = "one operand is coded, the other excluded: the product counts as dense"
         yield Op(f"{name}.{product}", "product of activations", role, macs, coded[0] if coded else "", note)
-    yield Op(f"{name}.softmax", "softmax", "dense")

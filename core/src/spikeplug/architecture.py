@@ -1,0 +1,86 @@
+"""How one kind of model is converted, calibrated, saved and loaded: the border between core and the model libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spikeplug.config import ConversionConfig
+from spikeplug.coverage import ConversionReport
+
+
+class Architecture(ABC):
+    """How one kind of model is converted, calibrated, saved and loaded."""
+
+    target: ClassVar[str]
+    """The kind of network, as in `Recipe.targets`."""
+
+    @abstractmethod
+    def prepare(self, model: torch.nn.Module, config: ConversionConfig) -> torch.nn.Module:
+        """Apply the passes and put spiking modules, not yet calibrated, in place of the dense ones.
+
+        Raises:
+            ConversionError: a part of the model is not understood; the message names it.
+        """
+
+    def feed(self, model: torch.nn.Module, batch: Any) -> None:
+        """Run one calibration batch."""
+        if isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            model(*batch)
+        else:
+            model(batch)
+
+    @abstractmethod
+    def report(self, model: torch.nn.Module) -> ConversionReport:
+        """What became of every operation."""
+
+    @abstractmethod
+    def save(self, model: torch.nn.Module, folder: Path, **options: Any) -> None:
+        """Write the model's files into an existing empty folder."""
+
+    @abstractmethod
+    def load(self, folder: Path, **options: Any) -> torch.nn.Module:
+        """Read what `save` wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A language model and its tokenizer, as a command line named them."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    name: str
+
+
+class LanguageArchitecture(Architecture):
+    """An architecture whose models the command line can open, calibrate on text and score."""
+
+    @abstractmethod
+    def open(self, source: str, *, dtype: str, device: str) -> Opened:
+        """The model that a command line names: a folder, a hub id, a file, or a name of the architecture's own.
+
+        Raises:
+            SpikeplugError: there is no model, or it cannot be read.
+        """
+
+    @abstractmethod
+    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
+        """Calibration batches, token ids `[B, S]`, made of the first `tokens` tokens of a text.
+
+        Raises:
+            SpikeplugError: the text cannot be read or is too short.
+        """
+
+    @abstractmethod
+    def perplexity(
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+    ) -> dict[str, Any]:
+        """Perplexity of a text with its protocol, speed and spikes; `watch(done, of)` follows the windows."""

@@ -1,0 +1,132 @@
+"""The layers that receive spikes, and how a dense layer becomes one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikeplug.errors import ConversionError
+from spikeplug.site import Site
+from spikeplug.types import CodeParams
+
+
+class SpikingLayer(nn.Module):
+    """A weighted layer that receives spikes. Its parameters keep their names, so dense checkpoints load into it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    macs: int | None = None
+    """Multiply-accumulates of the dense layer for one sample of the last batch, known after a forward pass."""
+
+    _source: tuple[Site]
+
+    @property
+    def source(self) -> Site:
+        """The site whose spikes it receives; registered as its child `site` unless another layer registers it."""
+        return self._source[0]
+
+    def attach(self, site: Site, owner: bool) -> None:
+        """Receive the spikes of `site`; the owner registers it as a child."""
+        # A tuple hides the site from nn.Module's registration in the layers that only read it.
+        self._source = (site,)
+        if owner:
+            self.site = site
+
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's linear map with the given parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same signature and result shape as the dense layer's."""
+        site = self.source
+        if site.execution == "stepped" and site.observer is None:
+            y: Tensor = site(x, receive=functools.partial(self._stepped, x))
+        else:
+            y = self.synapse(site(x), self.weight, self.bias)
+        self.macs = y[0].numel() * self.weight[0].numel() if y.numel() else None
+        return y
+
+    def _stepped(self, x: Tensor, p: CodeParams, spikes: Iterator[Tensor]) -> Tensor:
+        """Every step's spikes pass through the weights; d(t) is applied to the current that they cause."""
+        site = self.source
+        dtype = torch.promote_types(x.dtype, p.scale.dtype)
+        weight = self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        scale, offset = p.scale.to(dtype), p.offset.to(dtype)
+        # A scale per tensor or per token leaves the sum over inputs; one per channel scales the spikes themselves.
+        per_channel = site.encoder.static and scale.numel() > 1
+        y = torch.zeros((), dtype=dtype, device=x.device)
+        for d, s in zip(site.encoder.weights().tolist(), spikes, strict=True):
+            s = s.to(dtype) * scale if per_channel else s.to(dtype)
+            y = y + d * self.synapse(s, weight, None)
+        y = y if per_channel else y * scale
+        return (y + self.synapse(offset.expand(x.shape), weight, bias)).to(x.dtype)
+
+
+class SpikingLinear(SpikingLayer, nn.Linear):  # type: ignore[misc]
+    """`nn.Linear` on spikes."""
+
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(s, weight, bias)
+
+
+class CodedEmbedding(nn.Embedding):
+    """`nn.Embedding` whose output is coded."""
+
+    site: Site
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same signature and result shape as `nn.Embedding`'s."""
+        coded: Tensor = self.site(super().forward(input))
+        return coded
+
+
+class _SpikingConv(SpikingLayer):
+    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self._conv_forward(s, weight, bias)  # type: ignore[operator]
+        return y
+
+
+class SpikingConv1d(_SpikingConv, nn.Conv1d):
+    """`nn.Conv1d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+class SpikingConv2d(_SpikingConv, nn.Conv2d):
+    """`nn.Conv2d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+class SpikingConv3d(_SpikingConv, nn.Conv3d):
+    """`nn.Conv3d` on spikes. Padding is the value 0: no spike and no offset."""
+
+
+SPIKING: dict[type[nn.Module], type[SpikingLayer]] = {
+    nn.Linear: SpikingLinear,
+    nn.Conv1d: SpikingConv1d,
+    nn.Conv2d: SpikingConv2d,
+    nn.Conv3d: SpikingConv3d,
+}
+"""The weighted layers that can receive spikes, and what each becomes."""
+
+
+def channels_of(layer: Any) -> tuple[int, ...]:
+    """The dimension of a weighted layer's input that makes up a channel; counted from the end, batch or not."""
+    return (-1,) if isinstance(layer, nn.Linear) else (-(layer.weight.ndim - 1),)
+
+
+def make_spiking(layer: nn.Module, site: Site, owner: bool = True) -> None:
+    """Turn a dense weighted layer into its spiking twin, in place: parameters, hooks and name stay.
+
+    Raises:
+        ConversionError: the layer is not one of `SPIKING`.
+    """
+    spiking = SPIKING.get(type(layer))
+    if spiking is None:
+        raise ConversionError(f"{type(layer).__name__} cannot receive spikes: {', '.join(t.__name__ for t in SPIKING)}")
+    layer.__class__ = spiking
+    assert isinstance(layer, SpikingLayer)
+    layer.attach(site, owner)
