@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
 
 import spikeplug
-from spikeplug import ConversionConfig, Recipe
+from spikeplug import ConversionConfig, Recipe, plugins
 from spikeplug.errors import (
     BundleError,
     CalibrationError,
@@ -108,7 +109,9 @@ def test_straight_through_gradient_reaches_every_weight(network, images, spiking
 
 
 def test_save_and_load_are_bit_equal(spiking, network, images, tmp_path):
+    os.umask(0o022)
     spikeplug.save(spiking, tmp_path / "net")
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "net").iterdir()} == {0o644}
     loaded = spikeplug.load(tmp_path / "net", model=network())
     assert torch.equal(loaded(images), spiking(images))
     assert [op.macs for op in spikeplug.report(loaded).ops] == [op.macs for op in spikeplug.report(spiking).ops]
@@ -239,6 +242,24 @@ def test_verbs_on_a_dense_model_say_so(network, tmp_path):
         spikeplug.report(network())
     with pytest.raises(ConversionError, match="convert"):
         spikeplug.save(network(), tmp_path / "net")
+
+
+def test_approximator_stands_in_and_is_reported(network, images, monkeypatch):
+    class Wrapping:
+        def build(self, op, original):
+            return nn.Sequential(original, nn.Identity()) if op == "relu" else original
+
+    real = plugins.get_approximator
+    monkeypatch.setattr("spikeplug.plugins.get_approximator", lambda name: Wrapping() if name == "mine" else real(name))
+    find = plugins.Registry.find
+    monkeypatch.setattr(
+        "spikeplug.plugins.Registry.find", lambda self, kind, name: name == "mine" or find(self, kind, name)
+    )
+    net = spikeplug.convert(network(), "rate", calibration=[images], approximators={"relu": "mine"})
+    assert {op.name for op in spikeplug.report(net).ops if op.role == "approximated"} == {"1", "4"}
+    assert [op.name for op in spikeplug.report(net).ops] == ["0", "1", "2", "3", "4", "5"]
+    with pytest.raises(OptionError, match="no operation 'rely', did you mean 'relu'"):
+        spikeplug.convert(network(), "rate", calibration=[images], approximators={"rely": "exact"})
 
 
 def test_unknown_execution_is_refused(spiking):

@@ -129,7 +129,7 @@ def _write(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> 
         files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
         manifest = {"format": FORMAT, "spikeplug": spikeplug.__version__, **head, "files": files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        draft.chmod(0o755)
+        _share(draft)
         for file in draft.iterdir():
             _sync(file)
         if target.exists():
@@ -145,6 +145,15 @@ def _write(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> 
 
 def _is(architecture: Any, package: str) -> bool:
     return plugins.get_class("architecture", package) is type(architecture)
+
+
+def _share(folder: Path) -> None:
+    """Give a private temporary folder the permissions that a plain `mkdir` and `open` would have given."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 def _sync(file: Path) -> None:

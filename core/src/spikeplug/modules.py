@@ -16,7 +16,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import BundleError, ConversionError
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
-from spikeplug.nonlinear import OPS, approximate
+from spikeplug.nonlinear import OPS, approximate, within
 from spikeplug.site import Site
 from spikeplug.types import CodeParams
 
@@ -115,6 +115,8 @@ def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _ops(model: Any) -> Iterator[Op]:
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if within(name, model.spikeplug_approximated):
+            continue
         if isinstance(module, SpikingLayer):
             dense = kind.removeprefix("Spiking")
             yield Op(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ def replacement(config: ConversionConfig, op: str, original: Any) -> Any:
     """What the configuration puts in the place of an operation; `original` itself where that is the exact one."""
     name = config.approximators.get(op, config.approximators.get("*", "exact"))
     return plugins.get_approximator(name).build(op, original)
+
+
+def within(name: str, replaced: Iterable[str]) -> bool:
+    """Whether a module is a part of one that was replaced."""
+    return any(name.startswith(f"{each}.") for each in replaced)
 
 
 def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, str]) -> dict[str, str]:

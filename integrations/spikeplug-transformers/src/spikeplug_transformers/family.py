@@ -13,7 +13,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, listed
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
-from spikeplug.nonlinear import approximate
+from spikeplug.nonlinear import approximate, within
 from spikeplug.site import Site
 
 from .attention import OPERANDS, Softmax, refuse_other_attention
@@ -153,6 +153,8 @@ def _ops(model: Any) -> Iterator[Op]:
     replaced = model.spikeplug_approximated
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if within(name, replaced):
+            continue
         if name in replaced:
             yield Op(name, replaced[name], "approximated", 0, kind)
         elif isinstance(module, CodedEmbedding):
