@@ -66,6 +66,12 @@ def test_plain_output_says_protocol_and_share(cli, dense_folder, text, tmp_path)
         (["-s", "steps=40"], "steps=40: a whole number from 1 to 32"),
         (["-s", "steps"], "write it as -s key=value"),
         (["-s", "encoder=bsx"], "unknown encoder 'bsx'"),
+        (["-s", "percentile=abc"], "percentile='abc': Input should be a valid number"),
+        (["-s", "align_zero=1"], "align_zero=1: Input should be a valid boolean"),
+        (["-s", "encoder_options=5"], "encoder_options=5: Input should be a valid dictionary"),
+        (["-s", "encoder=5"], "encoder=5: Input should be a valid string"),
+        (["-s", "neuron=if"], "does not fire the spikes of BSE"),
+        (["--device", "meta"], "device='meta'"),
         (["--dtype", "float8"], "dtype='float8': choose one of"),
         (["--device", "warp"], "device='warp'"),
         (["--calibrate-tokens", "1"], "at least 2 is needed"),
@@ -143,7 +149,12 @@ def test_existing_folder_is_kept_unless_forced(cli, dense_folder, text, tmp_path
     assert code == 1
     assert "exists" in err
     assert (tmp_path / "spiking" / "mine").read_text() == "precious"
-    assert _convert(cli, dense_folder, text, tmp_path, "--force")[0] == 0
+    code, _, err = _convert(cli, dense_folder, text, tmp_path, "--force")
+    assert code == 1
+    assert "is no saved model and is not overwritten" in err
+    (tmp_path / "spiking" / "mine").unlink()
+    assert _convert(cli, dense_folder, text, tmp_path)[0] == 0
+    assert _convert(cli, dense_folder, text, tmp_path, "--force", "-s", "steps=8")[0] == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -159,7 +170,7 @@ def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spikeplug.stats.Observer._sample", interrupt)
+    monkeypatch.setattr("spikeplug.stats.Reservoir.add", interrupt)
     before = set(tmp_path.iterdir())
     code, _, err = _convert(cli, dense_folder, text, tmp_path)
     assert code == 130

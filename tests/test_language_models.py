@@ -55,7 +55,7 @@ def test_sites_are_those_of_the_design(spiking):
 
 def test_report_names_every_operation(spiking):
     report = spikeplug.report(spiking)
-    assert report.counts() == {"coded": 1, "spiking": 15, "decoded": 4, "dense": 10}
+    assert report.counts() == {"coded": 1, "spiking": 15, "decoded": 4, "dense": 16}
     products = 2 * 2 * 32 * 512
     linear = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 256
     assert report.share() == pytest.approx(linear / (linear + products))
@@ -169,6 +169,23 @@ def test_cached_keys_and_values_are_counted_once(spiking, ids, execution):
         assert parts.by_site[name].spikes == pytest.approx(whole.by_site[name].spikes, rel=1e-3)
 
 
+def test_static_cache_and_token_scales_count_new_tokens_only(build, ids):
+    model = spikeplug.convert(build(), "bse", steps=12, granularity="token")
+    spikes = []
+    for cache in ("dynamic", "static"):
+        with spikeplug.count_spikes(model) as counts:
+            model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=cache, pad_token_id=0)
+        spikes.append(counts.by_site["model.layers.0.self_attn.key"])
+    with spikeplug.count_spikes(model) as whole:
+        tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with spikeplug.count_spikes(model) as whole:
+        model(tokens[:, :-1])
+    expected = whole.by_site["model.layers.0.self_attn.key"]
+    for count in spikes:
+        assert count.neurons == expected.neurons
+        assert count.spikes == pytest.approx(expected.spikes, rel=1e-2)
+
+
 def test_fused_and_stepped_count_the_same_spikes(spiking, ids):
     totals = []
     for execution in ("fused", "stepped"):
@@ -244,6 +261,32 @@ def test_one_excluded_reader_leaves_the_group_working(build, ids):
 def test_unknown_exclude_says_the_nearest(build, ids):
     with pytest.raises(OptionError, match=r"exclude='heads' matches no site, did you mean 'head'"):
         spikeplug.convert(build(), "bse", calibration=[ids], exclude=["heads"])
+
+
+def test_passes_at_the_second_door_are_refused(dense_folder):
+    config = SpikeConfig("bse", passes=["fold-bn"])
+    with pytest.raises(ConversionError, match="need the weights"):
+        AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
+
+
+def test_calibration_batch_of_another_kind_is_refused(build, ids):
+    with pytest.raises(CalibrationError, match=r"token ids \[B, S\].*got tuple"):
+        spikeplug.convert(build(), "bse", calibration=[(ids,)])
+
+
+def test_changed_config_is_found(spiking, tmp_path):
+    spikeplug.save(spiking, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"recipe": "bse"', '"recipe": "bsf"'))
+    with pytest.raises(BundleError, match=r"config\.json was changed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_execution_survives_save_pretrained(spiking, ids, tmp_path):
+    spikeplug.set_execution(spiking, "stepped").save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(ids).logits, spiking(ids).logits)
+    assert loaded.spikeplug_config.execution == "stepped"
 
 
 def test_unknown_model_is_refused_with_what_was_found(ids):

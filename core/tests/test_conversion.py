@@ -12,6 +12,7 @@ from torch import nn
 
 import spikeplug
 from spikeplug import ConversionConfig, Recipe, plugins
+from spikeplug.bundle import _digest
 from spikeplug.errors import (
     BundleError,
     CalibrationError,
@@ -21,6 +22,7 @@ from spikeplug.errors import (
     UnknownNameError,
 )
 from spikeplug.layers import make_spiking
+from spikeplug.rate import IF, Rate
 from spikeplug.site import Site, sites
 
 
@@ -70,7 +72,7 @@ def test_excluded_layer_stays_dense_and_is_listed(network, images):
     assert type(net[3]) is nn.Linear
     report = spikeplug.report(net)
     assert next(op for op in report.ops if op.name == "3").role == "dense"
-    assert report.share() is None
+    assert report.share() == (576 + 48) / (576 + 1024 + 48)
 
 
 def test_shared_site_codes_counts_and_observes_once(images):
@@ -89,6 +91,157 @@ def test_shared_site_codes_counts_and_observes_once(images):
     twin = copy.deepcopy(block)
     assert twin["second"].source is twin["first"].site
     assert twin["second"].source is not site
+
+
+def test_shared_site_sees_a_change_in_place(images):
+    encoder = spikeplug.get_encoder("rate")
+    site = Site("shared", "input", encoder, consumers=2)
+    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)))
+    x = images.clone()
+    site(x)
+    x.mul_(0.5)
+    assert torch.equal(site(x), encoder.fused(x, site.params(x)))
+    site(x.requires_grad_() * 1)
+    copy.deepcopy(site)  # with an activation of a graph kept for the second layer
+
+
+def test_every_step_sends_its_spikes_through_the_weights(spiking, images, monkeypatch):
+    seen = []
+    real = type(spiking[3]).synapse
+
+    def watch(self, s, weight, bias):
+        seen.append(s)
+        return real(self, s, weight, bias)
+
+    monkeypatch.setattr(type(spiking[3]), "synapse", watch)
+    spikeplug.set_execution(spiking, "stepped")(images)
+    trains = [s for s in seen if s.shape == (8, 64)]
+    assert len(trains) == 64 + 1  # T = 64 steps, and the offset
+    assert all(set(s.unique().tolist()) <= {-1.0, 0.0, 1.0} for s in trains)
+    assert sum(s.abs().sum() for s in trains) > 0
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("layer", ["Conv1d", "Conv2d", "Conv3d"])
+@pytest.mark.parametrize("scale", ["tensor", "channel", "row"])
+def test_stepped_convolution_equals_fused(layer, padding_mode, scale):
+    class Shifted(Rate):
+        """A rate code around an offset, with a scale of any shape."""
+
+        def fit(self, stats):
+            shape = {"tensor": (), "channel": stats.low.shape, "row": (1,)}[scale]
+            like = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            return spikeplug.CodeParams(0.02 + 0.05 * like, like - 0.3)
+
+        def quantize(self, x, p):
+            return super().quantize(x - p.offset, p)
+
+    dims = int(layer[4])
+    torch.manual_seed(0)
+    conv = getattr(nn, layer)(4, 6, 3, padding=1, stride=2, groups=2, dilation=1, padding_mode=padding_mode)
+    x = torch.randn(2, 4, *[6] * dims)
+    dense = conv(x)
+    from spikeplug.layers import channels_of
+
+    site = Site("conv", "input", Shifted(steps=64), channels=channels_of(conv))
+    site.set_params(site.encoder.fit(spikeplug.ActivationStats.of(x, site.channels)))
+    make_spiking(conv, site)
+    fused = conv(x)
+    site.execution = "stepped"
+    torch.testing.assert_close(conv(x), fused, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(fused, dense)
+
+
+def test_stepped_gradient_equals_the_fused_one(spiking, images):
+    gradients = []
+    for execution in ("fused", "stepped"):
+        spikeplug.set_execution(spiking, execution).zero_grad()
+        spiking(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in spiking.parameters()])
+    for fused, stepped in zip(*gradients, strict=True):
+        torch.testing.assert_close(stepped, fused, rtol=1e-3, atol=1e-4)
+
+
+def test_functions_in_forward_are_reported(images):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 16)
+
+        def forward(self, x):
+            y = self.layer(x.flatten(1))
+            return y @ (y.T @ y)
+
+    net = spikeplug.convert(Net(), "rate", calibration=[images])
+    report = spikeplug.report(net)
+    unseen = next(op for op in report.ops if op.name == "(functions)")
+    assert (unseen.role, unseen.macs) == ("dense", 2 * 16 * 16)
+    assert report.share() == 1024 / (1024 + 512)
+
+
+def test_layer_called_twice_counts_twice(images):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.layer(self.layer(x.flatten(1)))
+
+    net = spikeplug.convert(Net(), "rate", calibration=[images])
+    assert spikeplug.report(net).ops[0].macs == 2 * 64 * 64
+
+
+def test_neuron_that_does_not_fire_the_code_is_refused(network, images):
+    with pytest.raises(OptionError, match=r"IF\(threshold=3\.0\) does not fire the spikes of Rate"):
+        spikeplug.convert(network(), "rate", calibration=[images], neuron_options={"threshold": 3.0})
+
+
+def test_networks_side_by_side_keep_all_their_sites(network, images):
+    pair = nn.Sequential(*[spikeplug.convert(network(), "rate", calibration=[images]) for _ in range(2)])
+    assert len(sites(pair)) == 6
+    spikeplug.set_execution(pair, "stepped")
+    assert {site.execution for site in sites(pair).values()} == {"stepped"}
+
+
+def test_nested_counts_both_count(spiking, images):
+    with spikeplug.count_spikes(spiking) as outer:
+        spiking(images)
+        with spikeplug.count_spikes(spiking) as inner:
+            spiking(images)
+    assert outer.total == 2 * inner.total > 0
+
+
+def test_modes_of_modules_survive_calibration(network, images):
+    net = network().train()
+    net[1].eval()
+    spikeplug.convert(net, "rate", calibration=[images])
+    assert (net.training, net[0].training, net[1].training) == (True, True, False)
+
+
+def test_tied_weights_reload(images, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 64))
+        net[2].weight = net[1].weight
+        return net
+
+    net = spikeplug.convert(build(), "rate", calibration=[images])
+    spikeplug.save(net, tmp_path / "net")
+    assert torch.equal(spikeplug.load(tmp_path / "net", model=build())(images), net(images))
+
+
+def test_another_network_or_dtype_is_refused(spiking, network, tmp_path):
+    spikeplug.save(spiking, tmp_path / "net")
+    with pytest.raises(BundleError, match="does not fit the given Sequential"):
+        spikeplug.load(tmp_path / "net", model=nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(BundleError, match=r"'0.weight' is torch.float32, the given network's is torch.float64"):
+        spikeplug.load(tmp_path / "net", model=network().double())
+
+
+def test_execution_is_that_of_the_saved_model(spiking, network, tmp_path):
+    spikeplug.save(spikeplug.set_execution(spiking, "stepped"), tmp_path / "net")
+    assert {site.execution for site in sites(spikeplug.load(tmp_path / "net", model=network())).values()} == {"stepped"}
 
 
 def test_half_precision_model_keeps_its_scales(spiking, images):
@@ -118,7 +271,9 @@ def test_save_and_load_are_bit_equal(spiking, network, images, tmp_path):
     assert loaded.spikeplug_config == spiking.spikeplug_config
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "bad manifest", "newer", "traversal"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "truncate", "remove", "no manifest", "bad manifest", "newer", "steps", "no config", "traversal"]
+)
 def test_damaged_folder_is_refused(spiking, network, tmp_path, damage):
     folder = tmp_path / "net"
     spikeplug.save(spiking, folder)
@@ -138,13 +293,20 @@ def test_damaged_folder_is_refused(spiking, network, tmp_path, damage):
         manifest.write_text("{}")
     elif damage == "newer":
         manifest.write_text(json.dumps({**content, "format": 99}))
+    elif damage == "steps":
+        content["config"]["encoder_options"]["steps"] = 4
+        manifest.write_text(json.dumps(content))
+    elif damage == "no config":
+        del content["config"]
+        manifest.write_text(json.dumps(content))
     else:
-        manifest.write_text(json.dumps({**content, "files": {"../x": "0"}}))
+        content["files"] = {"../x": "0"}
+        manifest.write_text(json.dumps({**content, "digest": _digest(content)}))
     with pytest.raises(BundleError, match="net"):
         spikeplug.load(folder, model=network())
 
 
-@pytest.mark.parametrize("moment", ["weights", "manifest", "interrupt"])
+@pytest.mark.parametrize("moment", ["weights", "manifest", "interrupt", "replace"])
 def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, images, tmp_path, monkeypatch, moment):
     folder = tmp_path / "net"
     spikeplug.save(spiking, folder)
@@ -152,10 +314,13 @@ def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, im
     def fail(*_, **__):
         raise KeyboardInterrupt if moment == "interrupt" else OSError(28, "No space left on device")
 
-    if moment == "manifest":
+    replace = os.replace
+    if moment == "replace":
+        monkeypatch.setattr("os.replace", lambda a, b: fail() if b == folder and "old" not in a.name else replace(a, b))
+    elif moment == "manifest":
         monkeypatch.setattr("spikeplug.bundle._sync", fail)
     else:
-        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        monkeypatch.setattr("safetensors.torch.save_model", fail)
     with pytest.raises(KeyboardInterrupt if moment == "interrupt" else BundleError):
         spikeplug.save(spiking, folder, overwrite=True)
     monkeypatch.undo()
@@ -168,6 +333,10 @@ def test_existing_folder_is_not_overwritten_unasked(spiking, tmp_path):
     with pytest.raises(BundleError, match="exists"):
         spikeplug.save(spiking, tmp_path / "net")
     spikeplug.save(spiking, tmp_path / "net", overwrite=True)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "photo").write_text("precious")
+    with pytest.raises(BundleError, match="is no saved model and is not overwritten"):
+        spikeplug.save(spiking, tmp_path / "home", overwrite=True)
 
 
 def test_refusals_of_convert(network, images):
@@ -270,7 +439,10 @@ def test_unknown_execution_is_refused(spiking):
 def test_config_round_trips_through_json_and_refuses_unknown_keys():
     config = ConversionConfig.resolve("rate", {"steps": 8, "exclude": ["a.*"]})
     assert config.encoder_options == {"steps": 8}
-    assert config.neuron_options == {"threshold": 8}
+    assert config.build()[1] == IF(threshold=8)
+    again = ConversionConfig.resolve(config, {"steps": 4})
+    assert again.build() == (Rate(steps=4), IF(threshold=4))
+    assert again.exclude == ("a.*",)
     assert ConversionConfig.from_json(config.model_dump_json()) == config
     with pytest.raises(OptionError, match="unknown key 'excludes', did you mean 'exclude'"):
         ConversionConfig.parse({**config.model_dump(), "excludes": []})

@@ -91,6 +91,16 @@ def test_override_of_a_check_is_an_error():
                 pass
 
 
+def test_override_by_a_mixin_or_of_a_helper_is_an_error():
+    class Mixin:
+        def test_all_zero_stays_zero(self):
+            pass
+
+    for bases, body in [((Mixin, EncoderConformance), {}), ((EncoderConformance,), {"_ulp": lambda *_: 1e9})]:
+        with pytest.raises(TypeError, match="overrides the check"):
+            type("Weak", bases, body)
+
+
 @pytest.mark.parametrize("waived", [{"test_no_such": "why"}, {"test_all_zero_stays_zero": " "}], ids=["name", "reason"])
 def test_waiver_needs_a_check_and_a_reason(waived):
     with pytest.raises(TypeError, match="name a check of the kit and give the reason"):

@@ -61,6 +61,17 @@ def test_percentiles_by_tensor_and_by_channel():
     assert (low.item(), high.item()) == (-10, 10)
 
 
+def test_rare_values_of_wide_activations_are_sampled():
+    # One token in 512 with values of 30: the 99.9th percentile of all values lies above the others' 3.
+    x = torch.randn(4096, 1536, generator=torch.Generator().manual_seed(0)).clamp_(-3, 3)
+    x[::512] = 30
+    low, high = ActivationStats.of(x).limits(99.8)
+    assert high.item() == 30
+    assert -3 <= low.item() < -2.5
+    with pytest.raises(CalibrationError, match=r"needs more than the 42 rows .* samples="):
+        ActivationStats.of(x).limits(99.8, by_channel=True)
+
+
 def test_same_batches_give_the_same_sample():
     first, second = (ActivationStats.of(torch.arange(300_000.0).reshape(-1, 3)) for _ in range(2))
     assert torch.equal(first.rows, second.rows)

@@ -32,7 +32,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
 
     Raises:
         CalibrationError: a site has no parameters yet.
-        BundleError: the folder exists (and `overwrite` is not set), or cannot be written.
+        BundleError: the folder exists (and `overwrite` is not set, or it holds something else than a saved model), or
+            cannot be written.
     """
     config, architecture = _config(model), architecture_of(model)
     for site in sites(model).values():
@@ -54,8 +55,11 @@ def check_writable(target: Path, *, overwrite: bool = False) -> None:
     Raises:
         BundleError: as `save`.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise BundleError(f"{target} exists: choose another folder, or allow it to be overwritten")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        if not overwrite:
+            raise BundleError(f"{target} exists: choose another folder, or allow it to be overwritten")
+        if not (target / MANIFEST).is_file():
+            raise BundleError(f"{target} is no saved model and is not overwritten: choose another folder")
     above = next(parent for parent in target.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise BundleError(f"cannot write {target}: no permission to write in {above}")
@@ -90,16 +94,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        if not {"format", "spikeplug", "architecture", "config", "files", "digest"} <= set(manifest):
+            raise KeyError("files")
         if manifest["format"] > FORMAT:
             raise BundleError(f"{folder} was written by spikeplug {manifest['spikeplug']}: install that or a later one")
-        if set(manifest) < {"files", "config", "architecture"} or not isinstance(manifest["files"], dict):
-            raise KeyError("files")
+        if not isinstance(manifest["files"], dict) or manifest["digest"] != _digest(manifest):
+            raise KeyError("digest")
     except FileNotFoundError:
         raise BundleError(f"{folder} is no saved model: it has no {MANIFEST}") from None
     except OSError as error:
         raise BundleError(f"cannot read {folder / MANIFEST}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
-        raise BundleError(f"{folder / MANIFEST} is damaged: it is not a manifest of a saved model") from None
+        raise BundleError(f"{folder / MANIFEST} was changed or damaged: it is not what `save` wrote") from None
     return dict(manifest)
 
 
@@ -112,7 +118,7 @@ def verify(folder: Path, files: dict[str, str], only: set[str] | None = None) ->
     for name, digest in files.items():
         if only is not None and name not in only:
             continue
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BundleError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
         if not (folder / name).is_file():
             raise BundleError(f"{folder} lacks the file {name} that its manifest names")
@@ -126,21 +132,32 @@ def _write(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> 
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fill(draft)
-        files = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+        written = sorted(file for file in draft.rglob("*") if file.is_file())
+        files = {file.relative_to(draft).as_posix(): _sha256(file) for file in written}
         manifest = {"format": FORMAT, "spikeplug": spikeplug.__version__, **head, "files": files}
+        manifest["digest"] = _digest(manifest)
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _share(draft)
-        for file in draft.iterdir():
+        for file in [*written, draft / MANIFEST]:
             _sync(file)
-        if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            os.replace(target, retired / target.name)
-            os.replace(draft, target)
-            shutil.rmtree(retired)
-        else:
-            os.replace(draft, target)
+        _replace(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Put the draft in the target's place; if that fails half-way, the target is put back."""
+    if not target.exists():
+        os.replace(draft, target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.replace(target, retired / "old")
+        os.replace(draft, target)
+    finally:
+        if not target.exists():
+            os.replace(retired / "old", target)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _is(architecture: Any, package: str) -> bool:
@@ -151,14 +168,19 @@ def _share(folder: Path) -> None:
     """Give a private temporary folder the permissions that a plain `mkdir` and `open` would have given."""
     mask = os.umask(0)
     os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _sync(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's own content."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

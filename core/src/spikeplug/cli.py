@@ -67,6 +67,9 @@ def _one_line() -> Iterator[None]:
 
 def _add(command: registry.Part) -> None:
     """Add a plugin's command. One that cannot be imported must not take the others with it."""
+    if command.name in {registered.name for registered in app.registered_commands}:
+        sys.stderr.write(f"warning: command '{command.name}' of plugin '{command.plugin}' is left out: it is taken\n")
+        return
     try:
         registry.registry().find("command", command.name)
         brought = command.load()
@@ -210,7 +213,8 @@ def eval_command(
         return
     typer.echo(f"perplexity {result['perplexity']:.4f}")
     typer.echo("protocol   " + ", ".join(f"{key} {value}" for key, value in result["protocol"].items()))
-    typer.echo(f"speed      {result['tokens_per_second']:.1f} tokens/s, spikes counted")
+    counted = ", spikes counted" if "spikes" in result else ""
+    typer.echo(f"speed      {result['tokens_per_second']:.1f} tokens/s{counted}")
     if "spikes" in result:
         typer.echo(f"spikes     {result['spikes']['per_token']:,.0f} per token, {result['spikes']['total']:,} in all")
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
+import torch
 
 from spikeplug import plugins
 from spikeplug.errors import OptionError, listed, nearest
-from spikeplug.types import Encoder, Neuron, Recipe
+from spikeplug.stats import ActivationStats
+from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
 
 class ConversionConfig(pydantic.BaseModel):
@@ -22,6 +25,7 @@ class ConversionConfig(pydantic.BaseModel):
         recipe: the recipe it came from.
         encoder, encoder_options: the code of every site.
         neuron, neuron_options: the dynamics that make its spikes in stepped execution; None: the code's own `encode`.
+        neuron_follows: neuron option -> the encoder option that it takes its value from.
         passes: rewrites applied before the conversion, in order.
         approximators: nonlinear operation (or `*`) -> approximator.
         exclude: patterns of site names (`*.down_proj`) or kinds (`embedding`) that stay dense.
@@ -37,6 +41,7 @@ class ConversionConfig(pydantic.BaseModel):
     encoder_options: dict[str, Any] = {}
     neuron: str | None = None
     neuron_options: dict[str, Any] = {}
+    neuron_follows: dict[str, str] = {}
     passes: tuple[str, ...] = ()
     approximators: dict[str, str] = {"*": "exact"}
     exclude: tuple[str, ...] = ()
@@ -80,34 +85,24 @@ class ConversionConfig(pydantic.BaseModel):
             UnknownNameError: no recipe, encoder, neuron, pass or approximator of that name is installed.
             OptionError: an option is unknown or out of range.
         """
-        if isinstance(recipe, ConversionConfig):
-            return cls.parse({**recipe.model_dump(), **options})
-        preset: Recipe = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
+        preset = _as_recipe(recipe)
         own = {key: options[key] for key in options if key in cls.model_fields}
         rest = {key: options[key] for key in options if key not in cls.model_fields}
-        name = own.get("encoder", preset.encoder)
-        encoder = plugins.get_class("encoder", name)
-        known = {field.name for field in dataclasses.fields(encoder)}
+        same = own.get("encoder", preset["encoder"]) == preset["encoder"]
+        if not same:
+            # Options and neuron of the recipe's code mean nothing to another.
+            preset |= {"encoder_options": {}, "neuron": None, "neuron_options": {}, "neuron_follows": {}}
+        config = cls.parse({**preset, **own})
+        known = {field.name for field in dataclasses.fields(plugins.get_class("encoder", config.encoder))}
         for key in rest:
             if key not in known:
                 choices = known | set(cls.model_fields)
                 raise OptionError(
-                    f"unknown option '{key}' of recipe '{preset.name}'{nearest(key, choices)} "
+                    f"unknown option '{key}' of recipe '{config.recipe}'{nearest(key, choices)} "
                     f"Options: {listed(known)}; of every recipe: {listed(cls.model_fields)}."
                 )
-        preset_options = preset.encoder_options if name == preset.encoder else {}
-        data = {
-            "recipe": preset.name,
-            "encoder": preset.encoder,
-            "neuron": preset.neuron if name == preset.encoder else None,
-            "passes": preset.passes,
-            **own,
-            "encoder_options": {**preset_options, **own.get("encoder_options", {}), **rest},
-        }
-        if data["neuron"] == preset.neuron and "neuron_options" not in own:
-            built = plugins.get_encoder(name, **data["encoder_options"])
-            data["neuron_options"] = {key: getattr(built, source) for key, source in preset.neuron_options.items()}
-        config = cls.parse(data)
+        inherited = preset["encoder_options"]
+        config = config.model_copy(update={"encoder_options": {**inherited, **own.get("encoder_options", {}), **rest}})
         config.build()
         return config
 
@@ -115,14 +110,19 @@ class ConversionConfig(pydantic.BaseModel):
         """The encoder and the neuron. Checks every other name on the way.
 
         Raises:
-            UnknownNameError, OptionError: as `resolve`.
+            UnknownNameError: as `resolve`.
+            OptionError: as `resolve`; or the neuron does not fire the spikes of the code.
         """
         for name in self.passes:
             plugins.registry().find("pass", name)
         for name in self.approximators.values():
             plugins.registry().find("approximator", name)
         encoder = plugins.get_encoder(self.encoder, **self.encoder_options)
-        neuron = plugins.get_neuron(self.neuron, **self.neuron_options) if self.neuron else None
+        if self.neuron is None:
+            return encoder, None
+        followed = {key: getattr(encoder, option) for key, option in self.neuron_follows.items()}
+        neuron = plugins.get_neuron(self.neuron, **{**followed, **self.neuron_options})
+        _check_pair(encoder, neuron)
         return encoder, neuron
 
     def excludes(self, name: str, kind: str) -> bool:
@@ -141,6 +141,35 @@ class ConversionConfig(pydantic.BaseModel):
                 raise OptionError(
                     f"exclude='{pattern}' matches no site{nearest(pattern, choices)} Kinds: {listed(names.values())}"
                 )
+
+
+def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
+    """What a recipe says, as fields of ConversionConfig."""
+    if isinstance(recipe, ConversionConfig):
+        return recipe.model_dump()
+    preset: Recipe = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
+    return {
+        "recipe": preset.name,
+        "encoder": preset.encoder,
+        "encoder_options": dict(preset.encoder_options),
+        "neuron": preset.neuron,
+        "neuron_follows": dict(preset.neuron_options),
+        "passes": preset.passes,
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _check_pair(encoder: Encoder, neuron: Neuron) -> None:
+    """Refuse a neuron that does not fire what the code encodes: stepped execution would be silently wrong."""
+    x = torch.linspace(-1, 1, 33)
+    unit = CodeParams(torch.ones(()), torch.zeros(()))
+    p = encoder.fit(ActivationStats.of(x)) if encoder.static else encoder.params(x, unit)
+    try:
+        fired = torch.stack(list(neuron.stream(encoder.drive(x, p)))).to(x.dtype)
+    except NotImplementedError as error:
+        raise OptionError(f"neuron='{neuron.name}': {error}") from None
+    if not torch.equal(fired, encoder.encode(x, p)):
+        raise OptionError(f"neuron='{neuron.name}': {neuron} does not fire the spikes of {encoder}")
 
 
 def _keys(cls: type[pydantic.BaseModel]) -> str:

@@ -16,7 +16,7 @@ from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
 from spikeplug.site import EXECUTIONS, Execution, Site, SpikeCount, sites
 from spikeplug.stats import Observer
-from spikeplug.types import Recipe
+from spikeplug.types import CodeParams, Recipe
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -31,7 +31,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         if package in known:
             architecture: Architecture = plugins.get_class("architecture", package)()
             return architecture
-        if package in {name for names in plugins.FIRST_PARTY.values() for name in names}:
+        if ("architecture", package) in plugins.FIRST_PARTY:
             plugins.registry().find("architecture", package)
     raise UnknownNameError(f"{type(model).__name__} is no model of a known kind; kinds: {', '.join(known)}")
 
@@ -53,21 +53,34 @@ def convert(
 
     Raises:
         UnknownNameError, OptionError: the recipe or an option is not known or out of range.
-        CalibrationError: the code needs calibration and none was given.
+        CalibrationError: the code needs calibration and none was given; or calibration failed, and the model is left
+            with sites that wait for `spikeplug.calibrate`.
         NonFiniteError: a weight is NaN or infinite; the message names it.
         ConversionError: the model cannot be converted; the message names the part.
     """
     config = ConversionConfig.resolve(recipe, options)
     encoder, _ = config.build()
+    _refuse_target(recipe, architecture_of(model))
     if encoder.static and calibration is None:
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
     if any(isinstance(module, Site) for module in model.modules()):
-        raise ConversionError(f"{type(model).__name__} is a converted model already: convert the dense one")
+        raise ConversionError(
+            f"{type(model).__name__} is a converted model already: convert a dense one; if its calibration failed, "
+            "call spikeplug.calibrate(model, batches)"
+        )
     _refuse_nonfinite(model)
     model = prepare(model, config)
     if calibration is not None:
         calibrate(model, calibration)
     return set_execution(model, config.execution)
+
+
+def _refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Architecture) -> None:
+    preset = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(preset, Recipe) and architecture.target not in preset.targets:
+        raise ConversionError(
+            f"recipe '{preset.name}' is meant for {', '.join(sorted(preset.targets))}, not for '{architecture.target}'"
+        )
 
 
 def prepare(model: nn.Module, config: ConversionConfig) -> nn.Module:
@@ -90,7 +103,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     config = _config(model)
     architecture = architecture_of(model)
     observed = {name: site for name, site in sites(model).items() if site.encoder.static}
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     for seed, site in enumerate(observed.values()):
         site.observer = Observer(site.channels, config.samples, seed)
@@ -100,7 +113,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 architecture.feed(model, batch)
         fitted = {name: _fit(site) for name, site in observed.items()}
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for site in observed.values():
             site.observer = None
             site.forget()
@@ -109,10 +123,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     return model
 
 
-def _fit(site: Site) -> Any:
+def _fit(site: Site) -> CodeParams:
     assert site.observer is not None
     try:
-        return site.encoder.fit(site.observer.stats())
+        p = site.encoder.fit(site.observer.stats())
+        return CodeParams.from_tensors({name: t.to(site.observer.device) for name, t in p.tensors().items()})
     except CalibrationError as error:
         raise CalibrationError(f"site '{site.name}': {error}") from None
 
@@ -132,6 +147,9 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
     for site in sites(model).values():
         site.execution = execution
         site.forget()
+    config = getattr(model, "spikeplug_config", None)
+    if isinstance(config, ConversionConfig):
+        model.spikeplug_config = config.model_copy(update={"execution": execution})  # type: ignore[assignment]
     return model
 
 
@@ -151,17 +169,19 @@ class SpikeCounts:
 def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
     """Count the spikes of every forward pass inside the context, in either execution.
 
-    A spike of -1 counts as one. A site that several layers read counts once.
+    A spike of -1 counts as one. A site that several layers read counts once. Contexts may be nested.
     """
     found = sites(model)
     counts = SpikeCounts({name: SpikeCount() for name in found})
     for name, site in found.items():
-        site.counter = counts.by_site[name]
+        site.forget()
+        site.counters.append(counts.by_site[name])
     try:
         yield counts
     finally:
-        for site in found.values():
-            site.counter = None
+        for name, site in found.items():
+            site.forget()
+            site.counters.remove(counts.by_site[name])
 
 
 def report(model: nn.Module) -> ConversionReport:

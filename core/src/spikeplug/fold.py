@@ -45,18 +45,26 @@ class FoldBatchNorm:
                 continue
             layer, norm = modules[str(before.target)], modules[str(node.target)]
             once = calls.count(node.target) == calls.count(before.target) == 1
-            if once and isinstance(norm, NORMS) and isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            if once and isinstance(norm, NORMS) and _fits(layer, norm):
                 _fold(layer, norm, str(node.target))
                 model.set_submodule(str(node.target), nn.Identity())
                 folded.append(str(node.target))
         return folded
 
 
+def _fits(layer: nn.Module, norm: Any) -> bool:
+    """Whether the norm's features are the layer's outputs. A linear layer's input must be `[B, F]`."""
+    outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+    return isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and outputs == norm.num_features
+
+
 def _fold(layer: Any, norm: Any, name: str) -> None:
     if norm.training or norm.running_mean is None:
         raise ConversionError(f"BN '{name}' uses statistics of the batch: call model.eval() before converting")
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
     with torch.no_grad():
         layer.weight, layer.bias = fuse(
-            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, scale, shift
         )

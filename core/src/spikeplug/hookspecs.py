@@ -32,27 +32,27 @@ def spikeplug_neurons() -> dict[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def spikeplug_approximators() -> dict[str, str]:  # type: ignore[empty-body]
-    """Approximators of nonlinear operations: objects with `ops` and `build(op, original)`."""
+    """Approximators of nonlinear operations: classes with `build(op, original)`, as `spikeplug.types.Approximator`."""
 
 
 @hookspec
 def spikeplug_passes() -> dict[str, str]:  # type: ignore[empty-body]
-    """Rewrites before conversion that keep the function: objects with `apply(model) -> list of what was done`."""
+    """Rewrites before conversion that keep the function: classes with `apply(model)`, as `spikeplug.types.Pass`."""
 
 
 @hookspec
 def spikeplug_trainers() -> dict[str, str]:  # type: ignore[empty-body]
-    """Trainers of a converted model: objects with `train(model, batches, **options)`."""
+    """Trainers of a converted model: classes with one verb, as `spikeplug.types.Trainer`."""
 
 
 @hookspec
 def spikeplug_exporters() -> dict[str, str]:  # type: ignore[empty-body]
-    """Exporters of a converted model: objects with `export(model, path, **options)`."""
+    """Exporters of a converted model: classes with one verb, as `spikeplug.types.Exporter`."""
 
 
 @hookspec
 def spikeplug_frameworks() -> dict[str, str]:  # type: ignore[empty-body]
-    """Other spiking frameworks: objects with `wrap(neuron)`, which returns a layer of that framework."""
+    """Other spiking frameworks: classes with one verb, as `spikeplug.types.Framework`."""
 
 
 @hookspec
@@ -62,7 +62,7 @@ def spikeplug_recipes() -> dict[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
-    """Ways to convert, calibrate, save and load one kind of model: instances of `spikeplug.Architecture`.
+    """Ways to convert, calibrate, save and load one kind of model: subclasses of `spikeplug.Architecture`.
 
     The name is that of the top-level package in which the model's class, or one of its bases, is defined
     (`transformers`, `torch`), so that the right one is found without importing any of them.

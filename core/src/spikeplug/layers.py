@@ -20,9 +20,6 @@ class SpikingLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    macs: int | None = None
-    """Multiply-accumulates of the dense layer for one sample of the last batch, known after a forward pass."""
-
     _source: tuple[Site]
 
     @property
@@ -45,26 +42,26 @@ class SpikingLayer(nn.Module):
         """Same signature and result shape as the dense layer's."""
         site = self.source
         if site.execution == "stepped" and site.observer is None:
-            y: Tensor = site(x, receive=functools.partial(self._stepped, x))
-        else:
-            y = self.synapse(site(x), self.weight, self.bias)
-        self.macs = y[0].numel() * self.weight[0].numel() if y.numel() else None
-        return y
+            stepped: Tensor = site(x, receive=functools.partial(self._stepped, x))
+            return stepped
+        return self.synapse(site(x), self.weight, self.bias)
 
     def _stepped(self, x: Tensor, p: CodeParams, spikes: Iterator[Tensor]) -> Tensor:
         """Every step's spikes pass through the weights; d(t) is applied to the current that they cause."""
-        site = self.source
         dtype = torch.promote_types(x.dtype, p.scale.dtype)
         weight = self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         scale, offset = p.scale.to(dtype), p.offset.to(dtype)
-        # A scale per tensor or per token leaves the sum over inputs; one per channel scales the spikes themselves.
-        per_channel = site.encoder.static and scale.numel() > 1
+        # A scale that all inputs of a sum share leaves the sum; any other scales the spikes themselves.
+        shared = scale.numel() == 1 or (weight.ndim == 2 and scale.shape[-1] == 1)
         y = torch.zeros((), dtype=dtype, device=x.device)
-        for d, s in zip(site.encoder.weights().tolist(), spikes, strict=True):
-            s = s.to(dtype) * scale if per_channel else s.to(dtype)
+        for d, s in zip(self.source.encoder.weights().tolist(), spikes, strict=True):
+            s = s.to(dtype) if shared else s.to(dtype) * scale
             y = y + d * self.synapse(s, weight, None)
-        y = y if per_channel else y * scale
+        y = y * scale if shared else y
+        if torch.is_grad_enabled() and x.requires_grad:
+            # Straight through: exactly zero, with the gradient of the dense layer for its input.
+            y = y + self.synapse((x - x.detach()).to(dtype), weight.detach(), None)
         return (y + self.synapse(offset.expand(x.shape), weight, bias)).to(x.dtype)
 
 

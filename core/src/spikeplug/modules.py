@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spikeplug import plugins
 from spikeplug.architecture import Architecture
@@ -56,7 +57,11 @@ class ModuleTree(Architecture):
                     f"list it under exclude to leave it dense. {_choices()}"
                 )
         folded = [name for each in config.passes for name in plugins.get_pass(each).apply(model)]
-        ops = {name: OPS[type(module)] for name, module in model.named_modules() if type(module) in OPS}
+        ops = {
+            name: OPS[type(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if type(module) in OPS
+        }
         replaced = approximate(model, config, ops)
         encoder, neuron = config.build()
         for name, module in list(model.named_modules()):
@@ -64,19 +69,30 @@ class ModuleTree(Architecture):
                 make_spiking(module, Site(name, "input", encoder, neuron, channels_of(module)))
         model.spikeplug_folded = folded  # type: ignore[assignment]
         model.spikeplug_approximated = replaced  # type: ignore[assignment]
+        model.spikeplug_macs = {}  # type: ignore[assignment]
         return model
+
+    def feed(self, model: nn.Module, batch: Any) -> None:
+        if model.spikeplug_macs:
+            super().feed(model, batch)
+            return
+        # The dense network's MACs, of its modules and of what its forward methods compute by functions.
+        with FlopCounterMode(display=False) as counter:
+            super().feed(model, batch)
+        size = _batch_size(batch)
+        root = type(model).__name__
+        for name, flops in counter.get_flop_counts().items():
+            path = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
+            model.spikeplug_macs[path] = sum(flops.values()) // 2 // size  # type: ignore[operator, index]
 
     def report(self, model: nn.Module) -> ConversionReport:
         config: ConversionConfig = model.spikeplug_config  # type: ignore[assignment]
         return ConversionReport(config.recipe, tuple(_ops(model)), "sample")
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_model(model, str(folder / WEIGHTS)) if _shares(model) else safetensors.torch.save_file(
-            state, folder / WEIGHTS
-        )
-        layers = {name: module.macs for name, module in model.named_modules() if isinstance(module, SpikingLayer)}
-        described = {"macs": layers, "folded": model.spikeplug_folded}
+        # save_model stores tied weights once, which save_file refuses.
+        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+        described = {"macs": model.spikeplug_macs, "folded": model.spikeplug_folded}
         (folder / LAYERS).write_text(json.dumps(described, indent=1))
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
@@ -87,17 +103,20 @@ class ModuleTree(Architecture):
         described = json.loads((folder / LAYERS).read_text())
         model = self.prepare(model, config)
         model.spikeplug_folded = described["folded"]
+        model.spikeplug_macs = described["macs"]
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         for name, module in model.named_modules():
-            if isinstance(module, SpikingLayer):
-                module.macs = described["macs"].get(name)
-            if isinstance(module, Site):
-                prefix = f"{name}."
-                own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            if isinstance(module, Site) and own:
                 module.set_params(CodeParams.from_tensors(own))
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-        if missing or unexpected:
-            raise BundleError(f"{folder} does not fit {type(model).__name__}: missing {missing}, unknown {unexpected}")
+        for name, tensor in model.state_dict().items():
+            if name in tensors and tensors[name].dtype != tensor.dtype:
+                wanted, found = tensors[name].dtype, tensor.dtype
+                raise BundleError(f"{folder}: '{name}' is {wanted}, the given network's is {found}: convert it first")
+        try:
+            safetensors.torch.load_model(model, folder / WEIGHTS)
+        except (RuntimeError, KeyError) as error:
+            raise BundleError(f"{folder} does not fit the given {type(model).__name__}: {error}") from None
         return model
 
 
@@ -113,27 +132,35 @@ def _unknown(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _ops(model: Any) -> Iterator[Op]:
+    macs: dict[str, int] = model.spikeplug_macs
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind, count = type(module).__name__, macs.get(name, 0) if macs else None
         if within(name, model.spikeplug_approximated):
             continue
         if isinstance(module, SpikingLayer):
-            dense = kind.removeprefix("Spiking")
-            yield Op(
-                name, dense, "spiking", module.macs, str(module.source.encoder), dynamic_note(module.source.encoder)
-            )
+            encoder = module.source.encoder
+            yield Op(name, kind.removeprefix("Spiking"), "spiking", count, str(encoder), dynamic_note(encoder))
         elif name in model.spikeplug_approximated:
             yield Op(name, model.spikeplug_approximated[name], "approximated", 0, kind)
         elif name in model.spikeplug_folded:
             yield Op(name, "BatchNorm", "folded")
-        elif type(module) in SPIKING:
-            yield Op(name, kind, "dense", None, note="excluded layers are dense; their MACs are not counted")
-        elif not isinstance(module, Site) and (not list(module.children()) or isinstance(module, DENSE_WITH_WEIGHTS)):
-            yield Op(name, kind, "dense")
-        elif next(module.parameters(recurse=False), None) is not None:
-            yield Op(name, kind, "dense", None, note="excluded modules are dense; their MACs are not counted")
+        elif type(module) in SPIKING or _owns(module) or not (isinstance(module, Site) or list(module.children())):
+            yield Op(name, kind, "dense", count if type(module) in SPIKING or _owns(module) else 0)
+    by_function = macs.get("", 0) - sum(macs.get(name, 0) for name, module in model.named_modules() if _counted(module))
+    if by_function > 0:
+        note = "products computed by functions inside forward stay dense"
+        yield Op("(functions)", "products", "dense", by_function, note=note)
 
 
-def _shares(model: nn.Module) -> bool:
-    state = [tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()]
-    return len(state) != len(set(state))
+def _owns(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+def _counted(module: nn.Module) -> bool:
+    return isinstance(module, SpikingLayer) or type(module) in SPIKING or _owns(module)
+
+
+def _batch_size(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor."""
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(each) for each in tensors if isinstance(each, Tensor) and each.ndim), 1) or 1

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+import typing
 import warnings
 from typing import Any
 
@@ -41,10 +42,13 @@ KINDS = {
 """Kind of part, as the CLI and the messages call it, and the hook that brings it."""
 
 FIRST_PARTY = {
-    "spike-plugin-bse": {"bse"},
-    "spikeplug-transformers": {"transformers", "demo"},
+    ("encoder", "bse"): "spike-plugin-bse",
+    ("neuron", "bse-if"): "spike-plugin-bse",
+    ("recipe", "bse"): "spike-plugin-bse",
+    ("architecture", "transformers"): "spikeplug-transformers",
+    ("command", "demo"): "spikeplug-transformers",
 }
-"""Names that a distribution of this project would bring; an unknown-name error turns them into a pip line."""
+"""What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +137,9 @@ class Registry:
 
     def _unknown(self, kind: str, name: str, known: list[str]) -> str:
         text = f"unknown {kind} '{name}'{nearest(name, known)} Installed: {listed(known)}."
-        for dist, names in FIRST_PARTY.items():
-            if name in names and dist not in {plugin.dist for plugin in self.plugins}:
-                text += f" To get it: pip install {dist}"
+        dist = FIRST_PARTY.get((kind, name))
+        if dist and dist not in {plugin.dist for plugin in self.plugins}:
+            text += f" To get it: pip install {dist}."
         broken = [plugin.name for plugin in self.plugins if plugin.broken]
         return text + (f" Broken plugins, see `spikeplug plugins`: {listed(broken)}." if broken else "")
 
@@ -165,12 +169,22 @@ def get_class(kind: str, name: str) -> Any:
 def _instance(kind: str, name: str, options: dict[str, Any]) -> Any:
     cls = get_class(kind, name)
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             raise OptionError(
                 f"unknown option '{option}' of {kind} '{name}'{nearest(option, known)} Options: {listed(known)}."
             )
+        _check_type(option, value, typing.get_type_hints(cls)[option])
     return cls(**options)
+
+
+def _check_type(option: str, value: object, wanted: Any) -> None:
+    from pydantic import TypeAdapter, ValidationError  # as heavy as the rest of this module, and seldom needed
+
+    try:
+        TypeAdapter(wanted).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise OptionError(f"{option}={value!r}: {error.errors()[0]['msg']}") from None
 
 
 def get_encoder(name: str, **options: Any) -> Any:

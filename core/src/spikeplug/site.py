@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError
 from spikeplug.stats import Observer
-from spikeplug.types import CodeParams, Encoder, Neuron
+from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 
 Execution = Literal["fused", "stepped"]
 Receiver = Callable[[CodeParams, Iterator[Tensor]], Tensor]
@@ -73,9 +73,9 @@ class Site(nn.Module):
         self.channels, self.consumers = channels, consumers
         self.execution: Execution = "fused"
         self.observer: Observer | None = None
-        self.counter: SpikeCount | None = None
-        self._memo: tuple[Tensor, Tensor, int] | None = None
-        self._read: tuple[Tensor, int] | None = None
+        self.counters: list[SpikeCount] = []
+        self._memo: _Kept | None = None
+        self._read: _Kept | None = None
 
     def extra_repr(self) -> str:
         return f"{self.encoder}"
@@ -110,14 +110,14 @@ class Site(nn.Module):
         tensors = {name: buffer.to(x.device) for name, buffer in self._buffers.items() if buffer is not None}
         return self.encoder.params(x, CodeParams.from_tensors(tensors))
 
-    def forward(self, x: Tensor, new: int | None = None, receive: Receiver | None = None) -> Tensor:
+    def forward(self, x: Tensor, new: slice | None = None, receive: Receiver | None = None) -> Tensor:
         """Decoded value of the window of `x`, same shape and dtype; or what the receiver makes of its spikes.
 
         Args:
             receive: given the parameters and the T spikes `[*S]` of `x`, in stepped execution. A layer passes itself
                 through here, and not around it, so that hooks which place the parameters (offload) see every use.
-            new: only the last `new` positions of dimension -2 are counted; the others, which come from a cache,
-                were counted when they were new.
+            new: only these positions of dimension -2 are counted; the others, which come from a cache, were
+                counted when they were new.
 
         Raises:
             NonFiniteError: `x` holds NaN or infinity; the message names the site.
@@ -126,54 +126,59 @@ class Site(nn.Module):
             with self._named():
                 p = self.params(x)
                 return receive(p, self._stream(x, p, new))
-        if self._memo is not None and self._memo[0] is x:
-            _, value, left = self._memo
-            self._memo = (x, value, left - 1) if left > 1 else None
+        if self._memo is not None and self._memo.holds(x):
+            value = self._memo.value
+            self._memo = self._memo.after_one_more()
             return value
         value = self._value(x, new)
-        if self.consumers > 1:
-            self._memo = (x, value, self.consumers - 1)
+        self._memo = _Kept(x, _version(x), value, self.consumers).after_one_more()
         return value
 
-    def _value(self, x: Tensor, new: int | None) -> Tensor:
+    def _value(self, x: Tensor, new: slice | None) -> Tensor:
         with self._named():
             if self.observer is not None:
                 self.observer.update(x)
                 return x
             p = self.params(x)
             if self.execution == "stepped":
-                return self._decoded(x, p, new)
-            if self.counter is not None:
-                fresh = _latest(x, new)
-                self.counter.add(self.encoder.count(fresh, p), fresh.numel(), self.encoder.steps)
+                return straight_through(x, lambda x: self._decoded(x, p, new))
+            if self.counters:
+                fresh = _fresh(x, new)
+                known = p if self.encoder.static else self.params(fresh)
+                self._add(self.counters, self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
-    def _stream(self, x: Tensor, p: CodeParams, new: int | None) -> Iterator[Tensor]:
+    def _stream(self, x: Tensor, p: CodeParams, new: slice | None) -> Iterator[Tensor]:
         """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
-        neuron, encoder, counter = self.neuron, self.encoder, self._meter(x)
+        neuron, encoder, counters = self.neuron, self.encoder, self._meters(x)
         spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
-            if counter is not None:
-                fresh = _latest(s, new)
-                counter.add(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
+            if counters:
+                fresh = _fresh(s, new)
+                self._add(counters, fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 
-    def _meter(self, x: Tensor) -> SpikeCount | None:
-        """The counter, for the first of the layers that read the spikes of this activation."""
-        if self.counter is None or self.consumers == 1:
-            return self.counter
-        if self._read is not None and self._read[0] is x:
-            left = self._read[1] - 1
-            self._read = (x, left) if left else None
-            return None
-        self._read = (x, self.consumers - 1)
-        return self.counter
+    def _meters(self, x: Tensor) -> list[SpikeCount]:
+        """The counters, for the first of the layers that read the spikes of this activation."""
+        again = self._read is not None and self._read.holds(x)
+        kept = self._read if again and self._read is not None else _Kept(x, _version(x), x, self.consumers)
+        self._read = kept.after_one_more()
+        return [] if again else self.counters
 
-    def _decoded(self, x: Tensor, p: CodeParams, new: int | None) -> Tensor:
+    @staticmethod
+    def _add(counters: list[SpikeCount], fired: Tensor, neurons: int, largest: int) -> None:
+        for counter in counters:
+            counter.add(fired, neurons, largest)
+
+    def _decoded(self, x: Tensor, p: CodeParams, new: slice | None) -> Tensor:
         total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
         for weight, s in zip(self.encoder.weights().tolist(), self._stream(x, p, new), strict=True):
             total.add_(s, alpha=weight)
         return self.encoder.scaled(total, p).to(x.dtype)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles leave out what is kept of the last activation."""
+        return {**self.__dict__, "_memo": None, "_read": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
         """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
@@ -193,17 +198,43 @@ class Site(nn.Module):
             raise NonFiniteError(f"site '{self.name}': {error}") from None
 
 
-def _latest(x: Tensor, new: int | None) -> Tensor:
-    return x if new is None else x[..., -new:, :]
+class _Kept(NamedTuple):
+    """What is kept of an activation until the last of the layers that read it has come."""
+
+    x: Tensor
+    version: int
+    value: Tensor
+    left: int
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether it is of this tensor, unchanged since."""
+        return self.x is x and self.version == _version(x)
+
+    def after_one_more(self) -> _Kept | None:
+        """What is left to keep once another layer has read it."""
+        return self._replace(left=self.left - 1) if self.left > 1 else None
+
+
+def _version(x: Tensor) -> int:
+    """Number of changes in place; tensors of inference mode do not count them."""
+    return 0 if x.is_inference() else x._version
+
+
+def _fresh(x: Tensor, new: slice | None) -> Tensor:
+    return x if new is None else x[..., new, :]
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """All sites of a converted model by name.
+    """All sites of a converted model by their place in it.
 
     Raises:
         ConversionError: it has none, so it is not a converted model.
     """
-    found = {module.name: module for module in model.modules() if isinstance(module, Site)}
+    found = {
+        path.removesuffix(".site").removesuffix("_site"): module
+        for path, module in model.named_modules()
+        if isinstance(module, Site)
+    }
     if not found:
         raise ConversionError(f"{type(model).__name__} has no spiking site: convert it with spikeplug.convert first")
     return found

@@ -41,12 +41,14 @@ class ActivationStats:
 
     Attributes:
         low, high: smallest and largest value seen by channel, float64, shaped to broadcast against the activation.
-        rows: a uniform sample of what was seen, `[R, C]`: R positions, all C channels of each.
+        values: a uniform sample of all values seen, `[V]`.
+        rows: a uniform sample of positions with all their C channels, `[R, C]`; R is small where C is large.
         count: number of values seen.
     """
 
     low: Tensor
     high: Tensor
+    values: Tensor
     rows: Tensor
     count: int
 
@@ -62,24 +64,61 @@ class ActivationStats:
 
         Below 100, both tails are cut alike, at quantiles of the sample: with 65,536 samples, 99.99 leaves about
         three of them outside on each side.
+
+        Raises:
+            CalibrationError: the sample has too few rows for such a percentile of a channel.
         """
         if percentile == 100.0:
             return (self.low, self.high) if by_channel else (self.low.min(), self.high.max())
         tail = (1 - percentile / 100) / 2
-        rows = self.rows.double() if by_channel else self.rows.double().reshape(-1, 1)
+        sample = (self.rows if by_channel else self.values.unsqueeze(1)).double()
+        seen = self.count // self.rows.shape[1]
+        if by_channel and sample.shape[0] * tail < 1 and sample.shape[0] < seen:
+            needed = int(1 / tail + 1) * sample.shape[1]
+            raise CalibrationError(
+                f"percentile={percentile} by channel needs more than the {sample.shape[0]} rows that were kept: "
+                f"calibrate with samples={needed} or more"
+            )
         # torch.quantile refuses more than 2^24 values; the sample is far smaller.
-        cut = torch.quantile(rows, torch.tensor([tail, 1 - tail], dtype=torch.float64, device=rows.device), dim=0)
+        cut = torch.quantile(sample, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
         shape = self.low.shape if by_channel else ()
         return cut[0].reshape(shape), cut[1].reshape(shape)
 
 
+class Reservoir:
+    """A uniform sample of the rows of a stream, `[keep, C]`: those with the smallest of independent random keys."""
+
+    def __init__(self, keep: int, generator: torch.Generator) -> None:
+        self.keep = keep
+        self.rows = torch.empty(0)
+        self._keys = torch.empty(0)
+        self._generator = generator
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows `[R, C]` of the stream."""
+        keys = torch.rand(rows.shape[0], generator=self._generator)
+        if self._keys.numel() == self.keep:
+            fresh = (keys < self._keys.max()).nonzero().squeeze(1)
+            rows, keys = rows[fresh.to(rows.device)], keys[fresh]
+        elif keys.numel() > self.keep:
+            keys, chosen = torch.topk(keys, self.keep, largest=False, sorted=False)
+            rows = rows[chosen.to(rows.device)]
+        new = rows.float().cpu()
+        if self._keys.numel():
+            new, keys = torch.cat([self.rows, new]), torch.cat([self._keys, keys])
+        if keys.numel() > self.keep:
+            keys, chosen = torch.topk(keys, self.keep, largest=False, sorted=False)
+            new = new[chosen]
+        self._keys, self.rows = keys, new.clone()
+
+
 class Observer:
-    """Gathers ActivationStats over batches: running minimum and maximum by channel, and a uniform sample of rows.
+    """Gathers ActivationStats over batches: running minimum and maximum by channel, and uniform samples.
 
     Args:
         channels: dimensions of the activation that make up a channel: (-1,) for a linear layer.
-        samples: how many values to keep.
-        seed: of the generator that chooses the sample.
+        samples: how many values to keep, once singly and once in whole rows.
+        seed: of the generator that chooses the samples.
     """
 
     def __init__(self, channels: tuple[int, ...] = (-1,), samples: int = 65536, seed: int = 0) -> None:
@@ -88,9 +127,12 @@ class Observer:
         self.channels = channels
         self.samples = samples
         self.count = 0
+        self.device = torch.device("cpu")
         self._generator = torch.Generator().manual_seed(seed)
         self._shape: list[int] | None = None
-        self._low = self._high = self._rows = self._keys = torch.empty(0)
+        self._low = self._high = torch.empty(0)
+        self._values = Reservoir(samples, self._generator)
+        self._rows = Reservoir(samples, self._generator)
 
     def update(self, x: Tensor) -> None:
         """Add one batch.
@@ -108,12 +150,14 @@ class Observer:
             raise CalibrationError(f"channels of shape {shape} after channels of shape {self._shape}")
         rows = self._by_row(x)  # [R, C]
         low, high = (limit.double().reshape(shape).cpu() for limit in torch.aminmax(rows, dim=0))
-        first = self._shape is None
-        self._shape = shape
-        self._low = low if first else torch.minimum(self._low, low)
-        self._high = high if first else torch.maximum(self._high, high)
+        if self._shape is None:
+            self._shape, self._low, self._high = shape, low, high
+            self._rows.keep = max(1, self.samples // rows.shape[1])
+        self._low, self._high = torch.minimum(self._low, low), torch.maximum(self._high, high)
         self.count += x.numel()
-        self._sample(rows)
+        self.device = x.device
+        self._rows.add(rows)
+        self._values.add(x.reshape(-1, 1))
 
     def stats(self) -> ActivationStats:
         """What was gathered.
@@ -123,7 +167,7 @@ class Observer:
         """
         if self._shape is None:
             raise CalibrationError("no activation was seen: give at least one calibration batch that reaches it")
-        return ActivationStats(self._low, self._high, self._rows, self.count)
+        return ActivationStats(self._low, self._high, self._values.rows.squeeze(1), self._rows.rows, self.count)
 
     def _by_row(self, x: Tensor) -> Tensor:
         if x.ndim == 0:
@@ -134,19 +178,3 @@ class Observer:
         for dim in dims:
             size *= x.shape[dim]
         return x.permute(*rest, *dims).reshape(-1, size)
-
-    def _sample(self, rows: Tensor) -> None:
-        """Keep the rows with the smallest of independent random keys: a uniform sample of the whole stream."""
-        keep = max(1, self.samples // rows.shape[1])
-        keys = torch.rand(rows.shape[0], generator=self._generator)
-        if self._keys.numel() == keep:
-            fresh = (keys < self._keys.max()).nonzero().squeeze(1)
-            rows, keys = rows[fresh.to(rows.device)], keys[fresh]
-        new = rows.float().cpu()
-        merged = torch.cat([self._keys, keys])
-        if self._keys.numel():
-            new = torch.cat([self._rows, new])
-        if merged.numel() > keep:
-            merged, chosen = torch.topk(merged, keep, largest=False, sorted=False)
-            new = new[chosen]
-        self._keys, self._rows = merged, new.clone()

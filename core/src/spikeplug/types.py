@@ -187,6 +187,36 @@ class Pass(Protocol):
         """Rewrite in place; return the names of the modules that were folded away."""
 
 
+@runtime_checkable
+class Trainer(Protocol):
+    """Fine-tunes a converted model."""
+
+    name: ClassVar[str]
+
+    def train(self, model: torch.nn.Module, batches: Iterable[Any], **options: Any) -> torch.nn.Module:
+        """Train in place and return the model."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes a converted model in another tool's format."""
+
+    name: ClassVar[str]
+
+    def export(self, model: torch.nn.Module, path: str, **options: Any) -> None:
+        """Write the file or folder."""
+
+
+@runtime_checkable
+class Framework(Protocol):
+    """Another spiking framework."""
+
+    name: ClassVar[str]
+
+    def wrap(self, neuron: Neuron) -> torch.nn.Module:
+        """The neuron as a layer of that framework."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A named preset: the parts that a conversion binds, and their options unless the user says otherwise."""

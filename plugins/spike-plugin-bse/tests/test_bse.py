@@ -147,6 +147,15 @@ def test_token_scale_does_not_depend_on_the_batch():
     assert torch.equal(code.fused(x, code.params(x, UNIT))[:1], alone)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+@pytest.mark.parametrize("x", [[0.0, 1e-36, 5e-36], [0.0, 1e-40, 0.0], [-3e38, 0.0, 3e38]], ids=str)
+def test_extreme_ranges_stay_finite(x, granularity):
+    code, x = BSE(steps=8, granularity=granularity), torch.tensor(x)
+    p = code.params(x, code.fit(ActivationStats.of(x)))
+    assert torch.isfinite(code.fused(x, p)).all()
+    assert (code.fused(x, p) - x).abs().max() <= code.error_bound(p) * 1.01 + 1e-37
+
+
 def test_headroom_widens_only_ends_that_are_not_zero():
     stats = ActivationStats.of(torch.tensor([0.0, 4.0]))
     low, high = BSE(steps=8, headroom=0.5).span(BSE(steps=8, headroom=0.5).fit(stats))

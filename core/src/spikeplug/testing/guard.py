@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,11 +16,14 @@ class Guarded:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if Guarded in cls.__bases__:
+        if cls.__module__.startswith("spikeplug.testing."):
             return
-        checks = {name for base in cls.__mro__[1:] for name in vars(base) if name.startswith("test_")}
-        for name in vars(cls):
-            if name in checks:
+        kits = [base for base in cls.__mro__ if base.__module__.startswith("spikeplug.testing.")]
+        checks = {name: kit for kit in kits for name in vars(kit) if name.startswith("test_")}
+        helpers = {name: kit for kit in kits for name in vars(kit) if name.startswith("_") and name[1] != "_"}
+        for name, kit in {**checks, **helpers}.items():
+            # Whatever came before the kit in the order of resolution, itself or a mixin, would replace the check.
+            if inspect.getattr_static(cls, name) is not vars(kit)[name]:
                 raise TypeError(f"{cls.__name__} overrides the check {name}: waive it with a reason instead")
         for name, reason in cls.waived.items():
             if name not in checks or not reason.strip():

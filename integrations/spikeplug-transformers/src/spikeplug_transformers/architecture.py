@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from spikeplug import plugins
 from spikeplug.architecture import LanguageArchitecture, Opened
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
-from spikeplug.errors import BundleError, ConversionError
+from spikeplug.errors import BundleError, CalibrationError, ConversionError
 
 from . import source, text
 from .attention import IMPLEMENTATION
-from .family import codes_attention, family_report, make_model_spiking
+from .family import family_report, make_model_spiking, needs_our_attention, places
 from .quantizer import SpikeConfig, SpikeQuantizer
 
 
@@ -27,8 +28,11 @@ class Transformers(LanguageArchitecture):
 
     def prepare(self, model: nn.Module, config: ConversionConfig) -> nn.Module:
         _refuse_unfit(model)
+        list(places(model))  # refuses a model that is not of the family before a pass changes it
+        for each in config.passes:
+            plugins.get_pass(each).apply(model)
         make_model_spiking(model, config)
-        if codes_attention(config, model):
+        if needs_our_attention(config):
             model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
         # From here on save_pretrained writes what from_pretrained needs to rebuild the model.
         wanted = SpikeConfig(config)
@@ -39,9 +43,13 @@ class Transformers(LanguageArchitecture):
         return model.eval()
 
     def feed(self, model: Any, batch: Any) -> None:
-        if isinstance(batch, Tensor):
-            batch = {"input_ids": batch.to(model.device)}
-        model(**batch, use_cache=False)
+        given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        ids = given.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            found = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise CalibrationError(f"a calibration batch is token ids [B, S], or a dict with input_ids; got {found}")
+        given = {name: value.to(model.device) for name, value in given.items() if isinstance(value, Tensor)}
+        model(**given, use_cache=False)
 
     def report(self, model: Any) -> ConversionReport:
         return family_report(model, model.spikeplug_config.recipe)

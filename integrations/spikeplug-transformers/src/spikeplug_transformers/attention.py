@@ -26,8 +26,8 @@ OPERANDS = {
 }
 """Kind of operand -> the dimensions that make up a channel."""
 
-IGNORED = {"dropout", "sliding_window", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
-"""Arguments that change nothing here: the mask holds causality and window, and dropout is handled."""
+REFUSED = ("softcap", "s_aux", "head_mask", "position_bias")
+"""Arguments of transformers' attention functions that change the result and have no form here."""
 
 
 def spiking_attention(
@@ -53,12 +53,13 @@ def spiking_attention(
     Raises:
         ConversionError: an argument would change the result and has no form here.
     """
-    for name, argument in kwargs.items():
-        if name in ("softcap", "s_aux") and argument is not None:
+    for name in REFUSED:
+        argument = kwargs.get(name)
+        if argument is not None:
             raise ConversionError(f"attention with {name}={argument!r} has no coded form: exclude the attention sites")
     batch, heads, length, size = query.shape
     groups = heads // key.shape[1]
-    new = length if key.shape[2] > length else None
+    new = _new_positions(length, key.shape[2], attention_mask)
     query = _coded(module, "query", query)
     key = _coded(module, "key", key, new)
     value = _coded(module, "value", value, new)
@@ -83,7 +84,20 @@ class Softmax(nn.Module):
         return F.softmax(scores, dim=-1, dtype=torch.float32)
 
 
-def _coded(module: nn.Module, kind: str, x: Tensor, new: int | None = None) -> Tensor:
+def _new_positions(length: int, total: int, mask: Tensor | None) -> slice | None:
+    """Which keys are those of this call's `length` tokens: the last ones that the last token sees.
+
+    A cache may hold more positions than are filled yet, so they need not be the last of all.
+    """
+    if total == length:
+        return None
+    end = total
+    if mask is not None and mask.shape[-1] == total and torch.finfo(mask.dtype).min / 2 > mask[0, 0, -1, -1]:
+        end = int((mask[0, 0, -1] > torch.finfo(mask.dtype).min / 2).nonzero().max()) + 1
+    return slice(end - length, end)
+
+
+def _coded(module: nn.Module, kind: str, x: Tensor, new: slice | None = None) -> Tensor:
     site = getattr(module, f"{kind}_site", None)
     if site is None:
         return x

@@ -31,7 +31,14 @@ def demo(
 
     from spikeplug import plugins
     from spikeplug.cli import language, progress
+    from spikeplug.errors import OptionError
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        page = out / "index.html"
+        page.touch()
+    except OSError as error:
+        raise OptionError(f"cannot write the page to {out}: {error.strerror or error}") from None
     recipes = [plugins.get_recipe(name) for name in plugins.registry().names("recipe")]
     fitting = [recipe.name for recipe in recipes if "lm" in recipe.targets]
     architecture = language()
@@ -47,8 +54,6 @@ def demo(
                 rows.append(measure(opened, recipe))
     for row in rows:
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
-    out.mkdir(parents=True, exist_ok=True)
-    page = out / "index.html"
     page.write_text(render(rows, model))
     if as_json:
         typer.echo(json.dumps({"rows": rows, "page": str(page)}, indent=2))
@@ -119,13 +124,16 @@ class _Measure:
 
 
 def _texts(folder: Path) -> tuple[Path, Path]:
-    """English text that every Python has, its topics dealt in turn to calibration and to test."""
+    """English text that every Python has, in two parts that share no paragraph: calibration and test."""
     from pydoc_data import topics
 
-    texts = [topics.topics[name] for name in sorted(topics.topics)]
-    calibration, test = folder / "pydoc topics (even)", folder / "pydoc topics (odd)"
-    calibration.write_text("\n".join(texts[::2]), encoding="utf-8")
-    test.write_text("\n".join(texts[1::2]), encoding="utf-8")
+    # Some topics repeat paragraphs of others.
+    everything = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+    paragraphs = list(dict.fromkeys(everything.split("\n\n")))
+    half = len(paragraphs) // 2
+    calibration, test = folder / "pydoc topics, first half", folder / "pydoc topics, second half"
+    calibration.write_text("\n\n".join(paragraphs[:half]), encoding="utf-8")
+    test.write_text("\n\n".join(paragraphs[half:]), encoding="utf-8")
     return calibration, test
 
 

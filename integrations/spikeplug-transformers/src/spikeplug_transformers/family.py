@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from spikeplug import plugins
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, listed
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
 from spikeplug.nonlinear import approximate, within
 from spikeplug.site import Site
+from spikeplug.types import Encoder, Neuron
 
 from .attention import OPERANDS, Softmax, refuse_other_attention
 
@@ -101,14 +101,13 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     names = {place.name: place.kind for place in found}
     names |= {reader: place.kind for place in found for reader in place.readers}
     config.check_exclude(names)
-    for each in config.passes:
-        plugins.get_pass(each).apply(model)
     modules = dict(model.named_modules())
+    encoder, neuron = config.build()
     for place in found:
-        _fill(place, config, modules)
+        _fill(place, config, modules, encoder, neuron)
     model.spikeplug_approximated = _approximate(model, config)  # type: ignore[assignment]
-    for _, block in attention_blocks(model):
-        if any(hasattr(block, f"{operand}_site") for operand in OPERANDS):
+    if needs_our_attention(config):
+        for _, block in attention_blocks(model):
             block.register_forward_pre_hook(refuse_other_attention)
 
 
@@ -123,13 +122,15 @@ def _approximate(model: nn.Module, config: ConversionConfig) -> dict[str, str]:
     return approximate(model, config, ops)
 
 
-def codes_attention(config: ConversionConfig, model: nn.Module) -> bool:
-    """Whether any operand of attention is coded."""
-    return any(hasattr(block, f"{operand}_site") for _, block in attention_blocks(model) for operand in OPERANDS)
+def needs_our_attention(config: ConversionConfig) -> bool:
+    """Whether attention must go through our implementation: an operand may be coded, or softmax approximated."""
+    softmax = config.approximators.get("softmax", config.approximators.get("*", "exact"))
+    return not set(OPERANDS) <= set(config.exclude) or softmax != "exact"
 
 
-def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module]) -> None:
-    encoder, neuron = config.build()
+def _fill(
+    place: Place, config: ConversionConfig, modules: dict[str, nn.Module], encoder: Encoder, neuron: Neuron | None
+) -> None:
     readers = [name for name in place.readers if not config.excludes(name, place.kind)]
     if place.readers and readers:
         site = Site(readers[0], place.kind, encoder, neuron, consumers=len(readers))
@@ -166,6 +167,10 @@ def _ops(model: Any) -> Iterator[Op]:
             yield Op(name, kind, "dense", module.weight.numel())
         elif name.endswith(".self_attn"):
             yield from _products(name, module)
+            yield Op(f"{name}.rotary", "rotary embedding of q and k", "dense")
+        elif name.endswith(".mlp"):
+            yield Op(f"{name}.gate·up", "elementwise product", "dense")
+            yield Op(f"{name.removesuffix('.mlp')}.residual", "two additions", "dense")
         elif not isinstance(module, (Site, SpikingLayer)) and not list(module.children()):
             yield Op(name, kind, "dense")
 

@@ -18,12 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spikeplug.bundle import MANIFEST, read_manifest, verify
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion import set_execution
-from spikeplug.errors import CalibrationError
+from spikeplug.errors import CalibrationError, ConversionError
 from spikeplug.site import Site, sites
 from spikeplug.types import Recipe
 
-from .attention import IMPLEMENTATION, OPERANDS
-from .family import make_model_spiking
+from .attention import IMPLEMENTATION
+from .family import make_model_spiking, needs_our_attention
 
 METHOD = "spikeplug"
 
@@ -64,15 +64,20 @@ class SpikeQuantizer(HfQuantizer):
     quantization_config: SpikeConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Attention goes through our implementation unless every operand of it is excluded."""
-        if not set(OPERANDS) <= set(self.quantization_config.conversion.exclude):
+        """Attention goes through our implementation where the conversion needs it."""
+        if needs_our_attention(self.quantization_config.conversion):
             config._attn_implementation = IMPLEMENTATION
         return config
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        make_model_spiking(model, self.quantization_config.conversion)
+        config = self.quantization_config.conversion
+        if config.passes and not self.pre_quantized:
+            raise ConversionError(
+                f"passes {list(config.passes)} need the weights, which are not loaded yet: use spikeplug.convert"
+            )
+        make_model_spiking(model, config)
         if self.pre_quantized and checkpoint_files:
             _verify_files([Path(file) for file in checkpoint_files])
             _declare_params(model, checkpoint_files)
@@ -87,6 +92,8 @@ class SpikeQuantizer(HfQuantizer):
         for site in sites(model).values():
             if not site.calibrated:
                 raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
+        # save_pretrained writes config.json after this; it shall name the execution that the model has now.
+        self.quantization_config.conversion = model.spikeplug_config  # type: ignore[assignment]
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -105,7 +112,7 @@ def _verify_files(files: list[Path]) -> None:
     """Check the files that are about to be read against the manifest beside them, where there is one."""
     folder = files[0].parent
     if (folder / MANIFEST).is_file():
-        verify(folder, read_manifest(folder)["files"], {file.name for file in files})
+        verify(folder, read_manifest(folder)["files"], {"config.json", *(file.name for file in files)})
 
 
 def _declare_params(model: nn.Module, files: list[str]) -> None:

@@ -35,6 +35,8 @@ def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Open
         raise OptionError(f"dtype='{dtype}': choose one of {', '.join(DTYPES)}")
     try:
         where = torch.device(device)
+        if where.type == "meta":
+            raise RuntimeError("it holds no numbers")
         if where.type != "cpu":
             torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:

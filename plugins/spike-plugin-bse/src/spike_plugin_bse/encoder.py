@@ -90,7 +90,10 @@ class BSE(Encoder):
 
     def _params(self, low: Tensor, high: Tensor) -> CodeParams:
         # A site that only ever carries one value: code 0 stands for it, whatever the scale.
-        scale = torch.where(high > low, (high - low) / self.top, torch.ones_like(high)).to(self.dtype)
+        # Divided one by one, so that the widest range does not overflow; kept a normal number, so that the narrowest
+        # has a finite reciprocal.
+        scale = (high / self.top - low / self.top).to(self.dtype).clamp_(min=torch.finfo(self.dtype).tiny)
+        scale = torch.where(high > low, scale, torch.ones_like(scale))
         offset = low.to(self.dtype)
         if self.align_zero:
             # Computed as `scaled` computes it, so that the code of 0 decodes to exactly 0.
