@@ -114,7 +114,8 @@ def test_every_step_sends_its_spikes_through_the_weights(spiking, images, monkey
         return real(self, s, weight, bias)
 
     monkeypatch.setattr(type(spiking[3]), "synapse", watch)
-    spikeplug.set_execution(spiking, "stepped")(images)
+    with torch.no_grad():
+        spikeplug.set_execution(spiking, "stepped")(images)
     trains = [s for s in seen if s.shape == (8, 64)]
     assert len(trains) == 64 + 1  # T = 64 steps, and the offset
     assert all(set(s.unique().tolist()) <= {-1.0, 0.0, 1.0} for s in trains)

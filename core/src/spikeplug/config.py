@@ -92,6 +92,8 @@ class ConversionConfig(pydantic.BaseModel):
         if not same:
             # Options and neuron of the recipe's code mean nothing to another.
             preset |= {"encoder_options": {}, "neuron": None, "neuron_options": {}, "neuron_follows": {}}
+        if own.get("neuron", preset["neuron"]) != preset["neuron"]:
+            preset |= {"neuron_options": {}, "neuron_follows": {}}
         config = cls.parse({**preset, **own})
         known = {field.name for field in dataclasses.fields(plugins.get_class("encoder", config.encoder))}
         for key in rest:

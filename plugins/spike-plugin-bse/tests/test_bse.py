@@ -8,7 +8,7 @@ import torch
 from spike_plugin_bse.encoder import BSE
 from spike_plugin_bse.neuron import BitIF, soma
 from spikeplug import ActivationStats
-from spikeplug.errors import OptionError
+from spikeplug.errors import CalibrationError, OptionError
 from spikeplug.layers import make_spiking
 from spikeplug.site import Site
 from spikeplug.testing import EncoderConformance, NeuronConformance
@@ -148,12 +148,17 @@ def test_token_scale_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
-@pytest.mark.parametrize("x", [[0.0, 1e-36, 5e-36], [0.0, 1e-40, 0.0], [-3e38, 0.0, 3e38]], ids=str)
+@pytest.mark.parametrize("x", [[0.0, 1e-36, 5e-36], [0.0, 1e-40, 0.0], [-1.5e38, 0.0, 1.5e38]], ids=str)
 def test_extreme_ranges_stay_finite(x, granularity):
     code, x = BSE(steps=8, granularity=granularity), torch.tensor(x)
     p = code.params(x, code.fit(ActivationStats.of(x)))
     assert torch.isfinite(code.fused(x, p)).all()
     assert (code.fused(x, p) - x).abs().max() <= code.error_bound(p) * 1.01 + 1e-37
+
+
+def test_range_beyond_float32_is_refused():
+    with pytest.raises(CalibrationError, match=r"the range \[-3e\+38, 3e\+38\] has no torch.float32 scale"):
+        BSE(steps=8).fit(ActivationStats.of(torch.tensor([-3e38, 3e38])))
 
 
 def test_headroom_widens_only_ends_that_are_not_zero():

@@ -84,7 +84,7 @@ class BSE(Encoder):
         low = torch.where(low == 0, low, low - margin)
         high = torch.where(high == 0, high, high + margin)
         p = self._params(low, high)
-        if not bool(torch.isfinite(p.scale).all()) or bool((p.scale <= 0).any()):
+        if not bool(torch.isfinite(p.scale * self.top).all()):
             raise CalibrationError(f"the range [{float(low.min()):g}, {float(high.max()):g}] has no {self.dtype} scale")
         return p
 
