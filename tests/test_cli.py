@@ -35,6 +35,7 @@ def test_convert_then_eval(cli, dense_folder, text, tmp_path):
     assert (protocol["targets"], protocol["bos"], len(protocol["sha256"])) == (310, False, 64)
     assert spiking["spikes"]["per_token"] == spiking["spikes"]["total"] / 320
     assert spiking["report"]["macs_share"]["spiking"] > 0
+    assert spiking["config"]["encoder_options"] == {"steps": 12}
     code, stepped, _ = cli("eval", tmp_path / "spiking", *arguments, "--execution", "stepped")
     assert stepped["perplexity"] == pytest.approx(spiking["perplexity"], rel=1e-4)
     assert stepped["spikes"]["total"] == pytest.approx(spiking["spikes"]["total"], rel=1e-3)
@@ -69,6 +70,7 @@ def test_plain_output_says_protocol_and_share(cli, dense_folder, text, tmp_path)
         (["-s", "percentile=abc"], "percentile='abc': Input should be a valid number"),
         (["-s", "align_zero=1"], "align_zero=1: Input should be a valid boolean"),
         (["-s", "encoder_options=5"], "encoder_options=5: Input should be a valid dictionary"),
+        (["-s", "recipe=rate"], "'recipe' is no option"),
         (["-s", "encoder=5"], "encoder=5: Input should be a valid string"),
         (["-s", "neuron=if"], "does not fire the spikes of BSE"),
         (["--device", "meta"], "device='meta'"),
@@ -128,6 +130,15 @@ def test_what_is_no_model_is_one_line(cli, dense_folder, text, tmp_path, what):
     code, _, err = cli("eval", model, "--ppl", text, *arguments)
     assert code == 1
     assert [line for line in err.splitlines() if line.startswith("error: ")], err
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_weights_that_do_not_fit_the_config_are_one_line(cli, dense_folder, text, layers):
+    config = dense_folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', f'"num_hidden_layers": {layers}'))
+    code, _, err = cli("eval", dense_folder, "--ppl", text)
+    assert code == 1
+    assert "do not fit its config.json" in err
 
 
 def test_nan_weights_are_one_line(cli, dense_folder, text, tmp_path):

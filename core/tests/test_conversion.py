@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import spikeplug
@@ -307,12 +308,14 @@ def test_damaged_folder_is_refused(spiking, network, tmp_path, damage):
         spikeplug.load(folder, model=network())
 
 
-@pytest.mark.parametrize("moment", ["weights", "manifest", "interrupt", "replace"])
+@pytest.mark.parametrize("moment", ["weights", "manifest", "interrupt", "replace", "full"])
 def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, images, tmp_path, monkeypatch, moment):
     folder = tmp_path / "net"
     spikeplug.save(spiking, folder)
 
     def fail(*_, **__):
+        if moment == "full":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         raise KeyboardInterrupt if moment == "interrupt" else OSError(28, "No space left on device")
 
     replace = os.replace

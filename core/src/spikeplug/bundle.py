@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 import spikeplug
@@ -45,8 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     try:
         head = {"architecture": package, "config": config.model_dump(mode="json")}
         _write(target, head, lambda folder: architecture.save(model, folder, **options))
-    except OSError as error:
-        raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_writable(target: Path, *, overwrite: bool = False) -> None:

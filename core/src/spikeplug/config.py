@@ -85,6 +85,9 @@ class ConversionConfig(pydantic.BaseModel):
             UnknownNameError: no recipe, encoder, neuron, pass or approximator of that name is installed.
             OptionError: an option is unknown or out of range.
         """
+        for fixed in ("recipe", "version"):
+            if fixed in options:
+                raise OptionError(f"'{fixed}' is no option: it names what the other options change")
         preset = _as_recipe(recipe)
         own = {key: options[key] for key in options if key in cls.model_fields}
         rest = {key: options[key] for key in options if key not in cls.model_fields}

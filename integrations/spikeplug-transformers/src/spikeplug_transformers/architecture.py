@@ -13,7 +13,7 @@ from spikeplug import plugins
 from spikeplug.architecture import LanguageArchitecture, Opened
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
-from spikeplug.errors import BundleError, CalibrationError, ConversionError
+from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
 
 from . import source, text
 from .attention import IMPLEMENTATION
@@ -55,8 +55,10 @@ class Transformers(LanguageArchitecture):
         return family_report(model, model.spikeplug_config.recipe)
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
+        tokenizer = options.pop("tokenizer", None)
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' of save: a language model takes tokenizer")
         model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer = options.get("tokenizer")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

@@ -70,7 +70,15 @@ def _open(path: Path, source: str, dtype: str) -> Opened:
 
 
 def _from_pretrained(source: Any, dtype: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    # transformers fills what is missing with random numbers and only prints a table.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[what]:
+            names = ", ".join(str(name) for name in sorted(loading[what], key=str)[:3])
+            raise BundleError(
+                f"the weights of '{source}' do not fit its config.json, {what.replace('_', ' ')}: {names}"
+            )
+    return model
 
 
 def _tokenizer(source: Any) -> Any:

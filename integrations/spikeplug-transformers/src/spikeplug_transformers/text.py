@@ -53,7 +53,7 @@ def windows(ids: Tensor, seqlen: int, tokens: int | None) -> list[Tensor]:
     if seqlen < 2:
         raise OptionError(f"seqlen={seqlen}: at least 2 is needed, a token and the one it predicts")
     if tokens is not None and tokens < 2:
-        raise OptionError(f"max-tokens={tokens}: at least 2 is needed, a token and the one it predicts")
+        raise OptionError(f"tokens={tokens}: at least 2 is needed, a token and the one it predicts")
     ids = ids[:tokens]
     if ids.numel() < 2:
         raise OptionError(f"the text has {ids.numel()} token: at least 2 are needed, a token and the one it predicts")
@@ -127,4 +127,5 @@ def evaluate(
     if counts is not None:
         result["spikes"] = {"total": counts.total, "per_token": counts.total / seen}
         result["report"] = report(model).summary()
+        result["config"] = model.spikeplug_config.model_dump(mode="json")
     return result
