@@ -397,6 +397,12 @@ def test_module_with_parameters_and_no_spiking_form_is_refused_unless_excluded(i
     assert next(op for op in spikeplug.report(net).ops if op.name == "1").role == "dense"
 
 
+def test_encoder_layer_with_a_fast_path_is_refused(images):
+    net = nn.Sequential(nn.Flatten(), nn.TransformerEncoderLayer(64, 2, batch_first=True))
+    with pytest.raises(ConversionError, match="'1' is a TransformerEncoderLayer, whose fast path"):
+        spikeplug.convert(net, "rate", calibration=[images], exclude=["1.self_attn"])
+
+
 def test_uncalibrated_model_says_what_to_do(network, images, tmp_path):
     net = spikeplug.prepare(network(), ConversionConfig.resolve("rate", {}))
     with pytest.raises(CalibrationError, match=r"site '0' is not calibrated: call spikeplug\.calibrate"):

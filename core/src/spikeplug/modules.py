@@ -49,6 +49,12 @@ class ModuleTree(Architecture):
         names = {name: "input" for name, module in model.named_modules() if type(module) in SPIKING}
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                raise ConversionError(
+                    f"'{name or type(model).__name__}' is a TransformerEncoderLayer, whose fast path reads weights "
+                    "without calling their layers, so their spikes would be left out: write its forward out instead"
+                )
         config.check_exclude({**names, **{name: "module" for name, _ in _unknown(model)}})
         for name, module in _unknown(model):
             if not config.excludes(name, "module"):
