@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -79,6 +83,9 @@ def test_plain_output_says_protocol_and_share(cli, dense_folder, text, tmp_path)
         (["--calibrate-tokens", "1"], "at least 2 is needed"),
         (["--calibrate", "no.txt"], "cannot read the text no.txt: it does not exist"),
         (["--out", "/proc/spiking"], "cannot write /proc/spiking"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--out", f"{__file__}/sub"], "is no folder"),
+        (["-s", 'exclude=["no","none"]'], "Kinds: embedding, head, input, key, probabilities, query, value"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -148,7 +155,7 @@ def test_nan_weights_are_one_line(cli, dense_folder, text, tmp_path):
     code, _, err = _convert(cli, dense_folder, text, tmp_path)
     assert code == 1
     assert "parameter 'lm_head.weight' holds NaN or infinity" in err
-    code, _, err = cli("eval", dense_folder, "--ppl", text)
+    code, _, err = cli("eval", dense_folder, "--ppl", text, "--seqlen", 64)
     assert code == 1
     assert "NaN or infinite" in err
 
@@ -187,3 +194,49 @@ def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, 
     assert code == 130
     assert err.endswith("interrupted\n")
     assert set(tmp_path.iterdir()) == before
+
+
+def test_kill_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("spikeplug.bundle._sync", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = set(tmp_path.iterdir())
+    assert _convert(cli, dense_folder, text, tmp_path)[0] == 143
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_link_that_leads_nowhere_is_one_line(cli, dense_folder, text, tmp_path):
+    (tmp_path / "spiking").symlink_to(tmp_path / "nowhere")
+    code, _, err = _convert(cli, dense_folder, text, tmp_path)
+    assert code == 1
+    assert "is a link that leads nowhere" in err
+
+
+def test_empty_working_folder_can_be_written(cli, dense_folder, text, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = _convert(cli, dense_folder, text, tmp_path, "--out", ".")
+    assert code == 0, err
+    assert (tmp_path / "here" / "spikeplug.json").is_file()
+
+
+def test_tokenizer_of_another_model_is_one_line(cli, dense_folder, text, tokenizer):
+    tokenizer.add_tokens(["fox"])
+    tokenizer.save_pretrained(dense_folder)
+    code, _, err = cli("eval", dense_folder, "--ppl", text)
+    assert code == 1
+    assert "token 256, the model knows 256: it is not this model's tokenizer" in err
+
+
+def test_window_beyond_the_context_is_one_line(cli, dense_folder, text):
+    code, _, err = cli("eval", dense_folder, "--ppl", text, "--seqlen", 129)
+    assert code == 1
+    assert "seqlen=129: the model's context is 128 tokens" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "spikeplug", "plugins", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: [Errno 28] No space left on device\n"

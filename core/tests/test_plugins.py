@@ -156,3 +156,46 @@ def test_plugins_command_gives_json():
         [sys.executable, "-m", "spikeplug", "plugins", "--json"], capture_output=True, text=True, check=True
     )
     assert "core" in {plugin["name"] for plugin in json.loads(done.stdout)}
+
+
+def _brings(hook, path):
+    return (
+        f"print('hello')\nfrom spikeplug import hookimpl\nspikeplug_api = 1\nnothing = None\n"
+        f"@hookimpl\ndef spikeplug_{hook}(): return {{'odd': '{path}'}}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("hook", "path", "kind", "message"),
+    [
+        ("recipes", "hostile_odd:nothing", "recipe", "is None, no Recipe"),
+        ("encoders", "spikeplug.rate:check_steps", "encoder", "no class"),
+        ("encoders", "spikeplug.rate:IF", "encoder", "is a class that is no Encoder"),
+        ("commands", "hostile_odd:nothing", "command", "is None, which cannot be called"),
+    ],
+)
+def test_part_of_the_wrong_sort_is_an_error(install, hook, path, kind, message):
+    install("odd", _brings(hook, path))
+    with pytest.raises(PluginError, match=message):
+        plugins.get_class(kind, "odd")
+    found = next(plugin for plugin in plugins.registry().plugins if plugin.name == "odd")
+    assert message in plugins.probe(found)
+
+
+def test_what_a_plugin_prints_is_no_result(install, capsys):
+    install("odd", _brings("encoders", "spikeplug.rate:Rate"))
+    assert "odd" in plugins.registry().names("encoder")
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_one_bad_command_leaves_the_others(install, capsys, monkeypatch):
+    from spikeplug.cli import main
+
+    install("odd", _brings("commands", "hostile_odd:nothing"))
+    monkeypatch.setattr(sys, "argv", ["spikeplug", "ls", "recipes"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert not end.value.code
+    assert "bse" in out
+    assert "warning: command 'odd' of plugin 'odd'" in err

@@ -36,11 +36,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
         BundleError: the folder exists (and `overwrite` is not set, or it holds something else than a saved model), or
             cannot be written.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; its own names would not be found again
     config, architecture = _config(model), architecture_of(model)
     for site in sites(model).values():
         if not site.calibrated:
             raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
-    target = Path(path)
+    target = Path(os.path.abspath(path))  # "." has no name to put a draft beside
     check_writable(target, overwrite=overwrite)
     package = next(part for part in plugins.registry().names("architecture") if _is(architecture, part))
     try:
@@ -56,13 +57,20 @@ def check_writable(target: Path, *, overwrite: bool = False) -> None:
     Raises:
         BundleError: as `save`.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        if not overwrite:
-            raise BundleError(f"{target} exists: choose another folder, or allow it to be overwritten")
-        if not (target / MANIFEST).is_file():
-            raise BundleError(f"{target} is no saved model and is not overwritten: choose another folder")
-    above = next(parent for parent in target.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    try:
+        if target.is_symlink() and not target.exists():
+            raise BundleError(f"{target} is a link that leads nowhere: choose another folder")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            if not overwrite:
+                raise BundleError(f"{target} exists: choose another folder, or allow it to be overwritten")
+            if not (target / MANIFEST).is_file():
+                raise BundleError(f"{target} is no saved model and is not overwritten: choose another folder")
+        above = next(parent for parent in target.absolute().parents if parent.exists())
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}") from None
+    if not above.is_dir():
+        raise BundleError(f"cannot write {target}: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
         raise BundleError(f"cannot write {target}: no permission to write in {above}")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,9 @@ app = typer.Typer(
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+TERMINATED = 143
+"""Exit status after SIGTERM."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'smollm2'.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -38,12 +43,17 @@ Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1,
 
 def main() -> None:
     """Entry point of the console script."""
+    # A plain kill unwinds as Ctrl-C does, so that no draft of a folder stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     with _one_line():
         for part in registry.registry().plugins:
             for command in part.parts:
                 if command.kind == "command":
                     _add(command)
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -61,7 +71,12 @@ def _one_line() -> Iterator[None]:
         if end.code == INTERRUPTED:
             sys.stderr.write("interrupted\n")
         raise
-    except BrokenPipeError:
+    except OSError as error:
+        # Most often results that cannot be written: a full disk, a reader that went away. Python flushes once more at
+        # its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
 
 
@@ -127,7 +142,7 @@ def ls_command(
     as_json: Json = False,
 ) -> None:
     """List the installed parts of a kind."""
-    singular = {"passes": "pass"}.get(kind, kind.removesuffix("s") if kind != "pass" else kind)
+    singular = {"passes": "pass"}.get(kind, kind if kind in registry.KINDS else kind.removesuffix("s"))
     found = registry.registry()
     parts = [part for name in found.names(singular) for part in found.parts[singular, name]]
     rows = [{"name": part.name, "plugin": part.plugin, "object": part.path} for part in parts]

@@ -152,7 +152,9 @@ def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
     """What a recipe says, as fields of ConversionConfig."""
     if isinstance(recipe, ConversionConfig):
         return recipe.model_dump()
-    preset: Recipe = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
+    preset = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(preset, Recipe):
+        raise OptionError(f"recipe={recipe!r}: give a recipe's name, a Recipe or a ConversionConfig")
     return {
         "recipe": preset.name,
         "encoder": preset.encoder,

@@ -45,5 +45,5 @@ def nearest(value: str, choices: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the names sorted and joined for a message, or "none"."""
-    return ", ".join(sorted(names)) or "none"
+    """Return the names, each once, sorted and joined for a message, or "none"."""
+    return ", ".join(sorted(set(names))) or "none"

@@ -15,7 +15,7 @@ from spikeplug import plugins
 from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
-from spikeplug.errors import BundleError, ConversionError
+from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.nonlinear import OPS, approximate, within
 from spikeplug.site import Site
@@ -96,6 +96,8 @@ class ModuleTree(Architecture):
         return ConversionReport(config.recipe, tuple(_ops(model)), "sample")
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' of save: a plain PyTorch model takes none")
         # save_model stores tied weights once, which save_file refuses.
         safetensors.torch.save_model(model, str(folder / WEIGHTS))
         described = {"macs": model.spikeplug_macs, "folded": model.spikeplug_folded}
@@ -104,6 +106,8 @@ class ModuleTree(Architecture):
     def load(self, folder: Path, **options: Any) -> nn.Module:
         model = options.pop("model", None)
         config = options.pop("config")
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' of load: a plain PyTorch model takes model")
         if not isinstance(model, nn.Module):
             raise BundleError(f"{folder} holds a plain PyTorch model: give the dense network as load(path, model=net)")
         described = json.loads((folder / LAYERS).read_text())

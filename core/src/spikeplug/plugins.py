@@ -8,6 +8,7 @@ in a process of its own with a time limit, and SPIKEPLUG_DISABLE=name,name leave
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -64,16 +65,39 @@ class Part:
         """Import and return the object.
 
         Raises:
-            PluginError: the module cannot be imported or has no such object.
+            PluginError: the module cannot be imported, or has no such object, or one that is no such part.
         """
         module, _, attribute = self.path.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            # What a module prints at import is no result of ours.
+            with contextlib.redirect_stdout(sys.stderr):
+                found = getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.kind} '{self.name}' of plugin '{self.plugin}' cannot be imported from '{self.path}': "
                 f"{_reason(error)}"
             ) from error
+        wrong = _misfit(self.kind, found)
+        if wrong:
+            raise PluginError(f"{self.kind} '{self.name}' of plugin '{self.plugin}': '{self.path}' is {wrong}")
+        return found
+
+
+def _misfit(kind: str, found: object) -> str | None:
+    """What is wrong with an object as a part of that kind, or None."""
+    if kind == "command":
+        return None if callable(found) else f"{found!r}, which cannot be called"
+    if kind == "recipe":
+        from spikeplug.types import Recipe
+
+        return None if isinstance(found, Recipe) else f"{found!r}, no Recipe"
+    if not isinstance(found, type):
+        return f"{found!r}, no class"
+    if kind not in ("encoder", "neuron", "architecture"):
+        return None
+    home = importlib.import_module("spikeplug.architecture" if kind == "architecture" else "spikeplug.types")
+    base = getattr(home, kind.capitalize())
+    return None if issubclass(found, base) else f"a class that is no {base.__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +251,8 @@ def _load(manager: pluggy.PluginManager, name: str, dist: str, version: str, loa
     parts: tuple[Part, ...] = ()
     broken: str | None = None
     try:
-        plugin = load()
+        with contextlib.redirect_stdout(sys.stderr):
+            plugin = load()
         api = getattr(plugin, "spikeplug_api", None)
         parts = _parts(manager, name, plugin, api)
     # SystemExit is no Exception, and a plugin that exits at import must not take the host with it.

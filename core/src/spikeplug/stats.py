@@ -32,7 +32,7 @@ def channel_shape(shape: torch.Size, channels: tuple[int, ...]) -> list[int]:
     if not shape:
         return []
     dims = {dim % len(shape) for dim in channels}
-    return [shape[dim] if dim in dims else 1 for dim in range(min(dims), len(shape))]
+    return [shape[dim] if dim in dims else 1 for dim in range(min(dims, default=len(shape)), len(shape))]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Transformers(LanguageArchitecture):
         return source.open_model(source_name, dtype=dtype, device=device)
 
     def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
-        return text.calibration(text.tokenize(opened.tokenizer, path)[0], seqlen, tokens)
+        return text.calibration(text.tokenize(opened, path)[0], seqlen, tokens)
 
     def perplexity(
         self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]

@@ -29,18 +29,10 @@ def demo(
     """Convert a language model with every recipe that fits one, compare, and write a page with a plot."""
     import json
 
-    from spikeplug import plugins
     from spikeplug.cli import language, progress
-    from spikeplug.errors import OptionError
+    from spikeplug.errors import SpikeplugError
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        page = out / "index.html"
-        page.touch()
-    except OSError as error:
-        raise OptionError(f"cannot write the page to {out}: {error.strerror or error}") from None
-    recipes = [plugins.get_recipe(name) for name in plugins.registry().names("recipe")]
-    fitting = [recipe.name for recipe in recipes if "lm" in recipe.targets]
+    page = _writable(out / "index.html")
     architecture = language()
     with tempfile.TemporaryDirectory() as folder, quiet():
         calibration, test = _texts(Path(folder))
@@ -48,10 +40,15 @@ def demo(
             watch(0, 1)
             opened = architecture.open(model, dtype="auto", device="cpu")
         rows = []
-        for recipe in [None, *fitting]:
-            with progress(recipe or "dense") as watch:
-                measure = _Measure(architecture, calibration, test, seqlen, tokens, calibrate_tokens, watch)
-                rows.append(measure(opened, recipe))
+        for recipe in [None, *_fitting()]:
+            try:
+                with progress(recipe or "dense") as watch:
+                    measure = _Measure(architecture, calibration, test, seqlen, tokens, calibrate_tokens, watch)
+                    rows.append(measure(opened, recipe))
+            except SpikeplugError as error:
+                if recipe is None:
+                    raise
+                typer.echo(f"warning: recipe '{recipe}' is left out: {error}", err=True)
     for row in rows:
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
     page.write_text(render(rows, model))
@@ -60,6 +57,34 @@ def demo(
         return
     _print(rows)
     typer.echo(f"page: {page}")
+
+
+def _writable(page: Path) -> Path:
+    """Refuse, before any work is done, a page that could not be written."""
+    from spikeplug.errors import OptionError
+
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        new = not page.exists()
+        page.open("a").close()
+        if new:
+            page.unlink()
+    except OSError as error:
+        raise OptionError(f"cannot write the page to {page.parent}: {error.strerror or error}") from None
+    return page
+
+
+def _fitting() -> Iterator[str]:
+    """Names of the recipes that fit a language model; one that cannot be loaded is said, not raised."""
+    from spikeplug import plugins
+    from spikeplug.errors import PluginError
+
+    for name in plugins.registry().names("recipe"):
+        try:
+            if "lm" in plugins.get_recipe(name).targets:
+                yield name
+        except PluginError as error:
+            typer.echo(f"warning: {error}", err=True)
 
 
 @contextlib.contextmanager

@@ -20,12 +20,13 @@ from spikeplug.errors import NonFiniteError, OptionError
 from spikeplug.site import Site
 
 
-def tokenize(tokenizer: Any, text: Path) -> tuple[Tensor, dict[str, Any]]:
+def tokenize(opened: Opened, text: Path) -> tuple[Tensor, dict[str, Any]]:
     """Token ids `[n]` of a whole text, and the part of the protocol that describes them.
 
     Raises:
-        OptionError: the text cannot be read or is empty.
+        OptionError: the text cannot be read or is empty, or has tokens that the model does not know.
     """
+    tokenizer, model = opened.tokenizer, opened.model
     try:
         content = text.read_bytes()
         decoded = content.decode("utf-8")
@@ -35,6 +36,11 @@ def tokenize(tokenizer: Any, text: Path) -> tuple[Tensor, dict[str, Any]]:
     if not decoded.strip():
         raise OptionError(f"the text {text} is empty")
     ids = tokenizer(decoded, return_tensors="pt", verbose=False)["input_ids"][0]
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(ids) and int(ids.max()) >= known:
+        raise OptionError(
+            f"the text {text} has token {int(ids.max())}, the model knows {known}: it is not this model's tokenizer"
+        )
     starts = tokenizer.bos_token_id is not None and len(ids) > 0 and int(ids[0]) == tokenizer.bos_token_id
     return ids, {
         "text": text.name,
@@ -96,12 +102,15 @@ def evaluate(
         perplexity, protocol, tokens_per_second and, for a converted model, spikes and report.
 
     Raises:
-        OptionError: the text is too short.
+        OptionError: the text is too short, or a window longer than the model's context.
         NonFiniteError: the model gives NaN or infinity.
     """
     model: Any = opened.model
-    ids, protocol = tokenize(opened.tokenizer, text)
+    ids, protocol = tokenize(opened, text)
     batches = windows(ids, seqlen, tokens)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and batches[0].shape[1] > context:
+        raise OptionError(f"seqlen={batches[0].shape[1]}: the model's context is {context} tokens")
     spiking = any(isinstance(module, Site) for module in model.modules())
     total, targets = 0.0, 0
     start = time.perf_counter()
