@@ -85,7 +85,7 @@ def test_plain_output_says_protocol_and_share(cli, dense_folder, text, tmp_path)
         (["--out", "/proc/spiking"], "cannot write /proc/spiking"),
         (["--out", "x" * 300], "File name too long"),
         (["--out", f"{__file__}/sub"], "is no folder"),
-        (["-s", 'exclude=["no","none"]'], "Kinds: embedding, head, input, key, probabilities, query, value"),
+        (["-s", 'exclude=["no","none"]'], "Kinds and subsystems: activation, attention"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -259,7 +259,7 @@ def test_one_excluded_reader_leaves_the_group_working(build, ids):
 
 
 def test_unknown_exclude_says_the_nearest(build, ids):
-    with pytest.raises(OptionError, match=r"exclude='heads' matches no site, did you mean 'head'"):
+    with pytest.raises(OptionError, match=r"exclude='heads' matches nothing, did you mean 'head'"):
         spikeplug.convert(build(), "bse", calibration=[ids], exclude=["heads"])
 
 

@@ -29,7 +29,7 @@ def _open():
 
 
 def _perplexity(opened):
-    return language().perplexity(opened, TEST, seqlen=512, tokens=5120, watch=lambda done, of: None)["perplexity"]
+    return language().perplexity(opened, TEST, seqlen=512, tokens=5120)["perplexity"]
 
 
 @pytest.fixture(scope="module")

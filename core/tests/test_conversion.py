@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 
@@ -84,7 +85,7 @@ def test_shared_site_codes_counts_and_observes_once(images):
     make_spiking(second, site, owner=False)
     block = nn.ModuleDict({"first": first, "second": second})
     assert set(block.state_dict()) == {f"{layer}.{p}" for layer in ("first", "second") for p in ("weight", "bias")}
-    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)))
+    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)).tensors())
     for site.execution in ("fused", "stepped"):
         with spikeplug.count_spikes(block) as counts:
             first(images), second(images)
@@ -97,7 +98,7 @@ def test_shared_site_codes_counts_and_observes_once(images):
 def test_shared_site_sees_a_change_in_place(images):
     encoder = spikeplug.get_encoder("rate")
     site = Site("shared", "input", encoder, consumers=2)
-    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)))
+    site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)).tensors())
     x = images.clone()
     site(x)
     x.mul_(0.5)
@@ -146,7 +147,7 @@ def test_stepped_convolution_equals_fused(layer, padding_mode, scale):
     from spikeplug.layers import channels_of
 
     site = Site("conv", "input", Shifted(steps=64), channels=channels_of(conv))
-    site.set_params(site.encoder.fit(spikeplug.ActivationStats.of(x, site.channels)))
+    site.set_params(site.encoder.fit(spikeplug.ActivationStats.of(x, site.channels)).tensors())
     make_spiking(conv, site)
     fused = conv(x)
     site.execution = "stepped"
@@ -354,7 +355,7 @@ def test_refusals_of_convert(network, images):
         spikeplug.convert(network(), "rate")
     with pytest.raises(CalibrationError, match="no activation was seen"):
         spikeplug.convert(network(), "rate", calibration=[])
-    with pytest.raises(OptionError, match=r"exclude='7' matches no site"):
+    with pytest.raises(OptionError, match=r"exclude='7' matches nothing"):
         spikeplug.convert(network(), "rate", calibration=[images], exclude=["7"])
     with pytest.raises(UnknownNameError, match="unknown pass 'fold'"):
         spikeplug.convert(network(), "rate", calibration=[images], passes=["fold"])
@@ -424,16 +425,17 @@ def test_verbs_on_a_dense_model_say_so(network, tmp_path):
 
 
 def test_approximator_stands_in_and_is_reported(network, images, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
     class Wrapping:
-        def build(self, op, original):
+        static = False
+
+        def build(self, op, original, name):
             return nn.Sequential(original, nn.Identity()) if op == "relu" else original
 
-    real = plugins.get_approximator
-    monkeypatch.setattr("spikeplug.plugins.get_approximator", lambda name: Wrapping() if name == "mine" else real(name))
-    find = plugins.Registry.find
-    monkeypatch.setattr(
-        "spikeplug.plugins.Registry.find", lambda self, kind, name: name == "mine" or find(self, kind, name)
-    )
+    part = plugins.Part("approximator", "mine", "here:Wrapping", "test")
+    monkeypatch.setitem(plugins.registry().parts, ("approximator", "mine"), [part])
+    load = plugins.Part.load
+    monkeypatch.setattr("spikeplug.plugins.Part.load", lambda self: Wrapping if self is part else load(self))
     net = spikeplug.convert(network(), "rate", calibration=[images], approximators={"relu": "mine"})
     assert {op.name for op in spikeplug.report(net).ops if op.role == "approximated"} == {"1", "4"}
     assert [op.name for op in spikeplug.report(net).ops] == ["0", "1", "2", "3", "4", "5"]

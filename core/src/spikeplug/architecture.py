@@ -14,6 +14,13 @@ from torch import Tensor
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 
+Watch = Callable[[str, int, int | None], None]
+"""Follows long work: the stage, how much of it is done, and of how much, where that is known."""
+
+
+def unwatched(stage: str, done: int, of: int | None) -> None:
+    """A Watch that shows nothing."""
+
 
 class Architecture(ABC):
     """How one kind of model is converted, calibrated, saved and loaded."""
@@ -81,6 +88,6 @@ class LanguageArchitecture(Architecture):
 
     @abstractmethod
     def perplexity(
-        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Watch = unwatched
     ) -> dict[str, Any]:
-        """Perplexity of a text with its protocol, speed and spikes; `watch(done, of)` follows the windows."""
+        """Perplexity of a text with its protocol, speed and spikes."""

@@ -191,8 +191,8 @@ def convert_command(
     architecture = language()
     opened = architecture.open(model, dtype=dtype, device=device)
     batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens)
-    with progress("calibrating") as watch:
-        convert(opened.model, config, calibration=_watched(batches, watch))
+    with progress() as watch:
+        convert(opened.model, config, calibration=batches, watch=watch)
     save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
     found = report(opened.model)
     if as_json:
@@ -221,7 +221,7 @@ def eval_command(
     opened = architecture.open(model, dtype=dtype, device=device)
     if execution is not None:
         set_execution(opened.model, execution)  # type: ignore[arg-type]
-    with progress("evaluating") as watch:
+    with progress() as watch:
         result = architecture.perplexity(opened, ppl, seqlen=seqlen, tokens=max_tokens, watch=watch)
     if as_json:
         _print_json(result)
@@ -251,7 +251,7 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
             value = json.loads(text)
         except ValueError:
             value = text
-        listed = key in ("exclude", "passes") and key in ConversionConfig.model_fields
+        listed = key in ("include", "exclude", "passes") and key in ConversionConfig.model_fields
         found[key] = text.split(",") if listed and isinstance(value, str) else value
     return found
 
@@ -271,21 +271,15 @@ def language() -> LanguageArchitecture:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, and the function `watch(done, of)` that moves it. No bar where stderr is no terminal."""
+def progress() -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on stderr, and the function `watch(stage, done, of)` that moves it. No bar where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
-
-
-def _watched(batches: Sequence[Any], watch: Callable[[int, int], None]) -> Iterator[Any]:
-    for index, batch in enumerate(batches):
-        watch(index, len(batches))
-        yield batch
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)
 
 
 def _need_file(path: Path) -> None:

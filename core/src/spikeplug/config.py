@@ -14,7 +14,7 @@ import torch
 from spikeplug import plugins
 from spikeplug.errors import OptionError, listed, nearest
 from spikeplug.stats import ActivationStats
-from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
+from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Recipe
 
 
 class ConversionConfig(pydantic.BaseModel):
@@ -28,7 +28,11 @@ class ConversionConfig(pydantic.BaseModel):
         neuron_follows: neuron option -> the encoder option that it takes its value from.
         passes: rewrites applied before the conversion, in order.
         approximators: nonlinear operation (or `*`) -> approximator.
-        exclude: patterns of site names (`*.down_proj`) or kinds (`embedding`) that stay dense.
+        approximator_options: approximator -> its options.
+        approximator_follows: approximator option -> the encoder option that it takes its value from.
+        include: what is converted: patterns of names (`*.down_proj`), kinds (`query`, `silu`) or subsystems (`ffn`,
+            `activation`, `attention`, `embedding`, `norm`).
+        exclude: what of that stays dense, in the same words.
         execution: `fused` or `stepped`, how the model runs after conversion.
         samples: values kept per site while calibrating, for percentiles and for schemes that learn.
     """
@@ -44,6 +48,9 @@ class ConversionConfig(pydantic.BaseModel):
     neuron_follows: dict[str, str] = {}
     passes: tuple[str, ...] = ()
     approximators: dict[str, str] = {"*": "exact"}
+    approximator_options: dict[str, dict[str, Any]] = {}
+    approximator_follows: dict[str, str] = {}
+    include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     execution: Literal["fused", "stepped"] = "fused"
     samples: int = pydantic.Field(default=65536, ge=1)
@@ -98,21 +105,32 @@ class ConversionConfig(pydantic.BaseModel):
         if own.get("neuron", preset["neuron"]) != preset["neuron"]:
             preset |= {"neuron_options": {}, "neuron_follows": {}}
         config = cls.parse({**preset, **own})
-        known = {field.name for field in dataclasses.fields(plugins.get_class("encoder", config.encoder))}
+        of_encoder = _fields("encoder", config.encoder)
+        of_others = {name: _fields("approximator", name) for name in set(config.approximators.values())}
         for key in rest:
+            known = of_encoder.union(*of_others.values())
             if key not in known:
                 choices = known | set(cls.model_fields)
                 raise OptionError(
                     f"unknown option '{key}' of recipe '{config.recipe}'{nearest(key, choices)} "
                     f"Options: {listed(known)}; of every recipe: {listed(cls.model_fields)}."
                 )
-        inherited = preset["encoder_options"]
-        config = config.model_copy(update={"encoder_options": {**inherited, **own.get("encoder_options", {}), **rest}})
+        encoder_options = preset["encoder_options"] | own.get("encoder_options", {})
+        encoder_options |= {key: value for key, value in rest.items() if key in of_encoder}
+        approximator_options = {name: dict(given) for name, given in config.approximator_options.items()}
+        for name, fields in of_others.items():
+            found = {key: value for key, value in rest.items() if key in fields - of_encoder}
+            if found:
+                approximator_options[name] = approximator_options.get(name, {}) | found
+        config = config.model_copy(
+            update={"encoder_options": encoder_options, "approximator_options": approximator_options}
+        )
         config.build()
+        config.build_approximators()
         return config
 
     def build(self) -> tuple[Encoder, Neuron | None]:
-        """The encoder and the neuron. Checks every other name on the way.
+        """The encoder and the neuron. Checks the names of the passes on the way.
 
         Raises:
             UnknownNameError: as `resolve`.
@@ -120,8 +138,6 @@ class ConversionConfig(pydantic.BaseModel):
         """
         for name in self.passes:
             plugins.registry().find("pass", name)
-        for name in self.approximators.values():
-            plugins.registry().find("approximator", name)
         encoder = plugins.get_encoder(self.encoder, **self.encoder_options)
         if self.neuron is None:
             return encoder, None
@@ -130,22 +146,54 @@ class ConversionConfig(pydantic.BaseModel):
         _check_pair(encoder, neuron)
         return encoder, neuron
 
-    def excludes(self, name: str, kind: str) -> bool:
-        """Whether the site of that name and kind stays dense."""
-        return any(kind == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
-
-    def check_exclude(self, names: Mapping[str, str]) -> None:
-        """Refuse a pattern of `exclude` that no site (name -> kind) matches.
+    def build_approximators(self) -> dict[str, Approximator]:
+        """The approximators by their name.
 
         Raises:
-            OptionError: the message says the nearest name or kind.
+            UnknownNameError, OptionError: as `resolve`.
         """
-        choices = set(names) | set(names.values())
-        for pattern in self.exclude:
-            if not any(kind == pattern or fnmatch.fnmatchcase(name, pattern) for name, kind in names.items()):
-                raise OptionError(
-                    f"exclude='{pattern}' matches no site{nearest(pattern, choices)} Kinds: {listed(names.values())}"
-                )
+        encoder = plugins.get_encoder(self.encoder, **self.encoder_options)
+        followed = {option: getattr(encoder, source, None) for option, source in self.approximator_follows.items()}
+        found = {}
+        for name in sorted(set(self.approximators.values())):
+            fields = _fields("approximator", name)
+            options = {key: value for key, value in followed.items() if key in fields and value is not None}
+            options |= self.approximator_options.get(name, {})
+            found[name] = plugins.get_approximator(name, **options)
+        return found
+
+    def approximator(self, op: str) -> str:
+        """Name of the approximator of an operation."""
+        return self.approximators.get(op, self.approximators.get("*", "exact"))
+
+    def excludes(self, name: str, *labels: str) -> bool:
+        """Whether what has that name, kind and subsystem stays dense."""
+        return not _matches(self.include, name, labels) or _matches(self.exclude, name, labels)
+
+    def check_patterns(self, names: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse a pattern that nothing (name -> kind and subsystem) matches.
+
+        Raises:
+            OptionError: the message says the nearest name, kind or subsystem.
+        """
+        words = {label for labels in names.values() for label in labels}
+        for key, patterns in {"include": self.include, "exclude": self.exclude}.items():
+            for pattern in patterns:
+                if pattern != "*" and not any(_matches((pattern,), name, labels) for name, labels in names.items()):
+                    raise OptionError(
+                        f"{key}='{pattern}' matches nothing{nearest(pattern, words | set(names))} "
+                        f"Kinds and subsystems: {listed(words)}"
+                    )
+
+
+def _matches(patterns: tuple[str, ...], name: str, labels: tuple[str, ...]) -> bool:
+    return any(pattern in labels or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _fields(kind: str, name: str) -> set[str]:
+    """Names of the options of a part."""
+    cls = plugins.get_class(kind, name)
+    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
 def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
@@ -162,6 +210,9 @@ def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
         "neuron": preset.neuron,
         "neuron_follows": dict(preset.neuron_options),
         "passes": preset.passes,
+        "approximators": {"*": "exact", **preset.approximators},
+        "approximator_options": {name: dict(options) for name, options in preset.approximator_options.items()},
+        "approximator_follows": dict(preset.approximator_follows),
     }
 
 

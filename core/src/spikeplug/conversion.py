@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spikeplug import plugins
-from spikeplug.architecture import Architecture
+from spikeplug.architecture import Architecture, Watch, unwatched
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
-from spikeplug.site import EXECUTIONS, Execution, Site, SpikeCount, sites
+from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
 from spikeplug.stats import Observer
-from spikeplug.types import CodeParams, Recipe
+from spikeplug.types import Recipe
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -41,6 +41,7 @@ def convert(
     recipe: str | Recipe | ConversionConfig,
     *,
     calibration: Iterable[Any] | None = None,
+    watch: Watch = unwatched,
     **options: Any,
 ) -> nn.Module:
     """Turn a dense model into a spiking one, in place, and return it.
@@ -49,6 +50,7 @@ def convert(
         model: what to convert: a plain PyTorch model, or one of a kind whose plugin is installed.
         recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
         calibration: batches as the model takes them: a tensor, a tuple of arguments, or a dict of named ones.
+        watch: called with the stage, the batches or sites done and their number, to show progress.
         options: options of the recipe's code (`steps=8`) or keys of ConversionConfig (`exclude=["head"]`).
 
     Raises:
@@ -61,9 +63,9 @@ def convert(
     config = ConversionConfig.resolve(recipe, options)
     encoder, _ = config.build()
     _refuse_target(recipe, architecture_of(model))
-    if encoder.static and calibration is None:
+    if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
-    if any(isinstance(module, Site) for module in model.modules()):
+    if any(isinstance(module, Coder) for module in model.modules()):
         raise ConversionError(
             f"{type(model).__name__} is a converted model already: convert a dense one; if its calibration failed, "
             "call spikeplug.calibrate(model, batches)"
@@ -71,7 +73,7 @@ def convert(
     _refuse_nonfinite(model)
     model = prepare(model, config)
     if calibration is not None:
-        calibrate(model, calibration)
+        calibrate(model, calibration, watch=watch)
     return set_execution(model, config.execution)
 
 
@@ -90,11 +92,11 @@ def prepare(model: nn.Module, config: ConversionConfig) -> nn.Module:
     return model
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatched) -> nn.Module:
     """Run batches through a converted model with its sites as observers, then fit and store every site's parameters.
 
-    Memory is bounded by `samples` values per site, however many batches there are. Nothing is stored unless every
-    site can be fitted.
+    Batches and `watch` are those of `convert`. Memory is bounded by `samples` values per site, however many batches
+    there are. Nothing that is fitted to them is stored unless every site can be fitted.
 
     Raises:
         CalibrationError: no batch, a site that no batch reached, or statistics that a code cannot be fitted to.
@@ -102,32 +104,42 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """
     config = _config(model)
     architecture = architecture_of(model)
-    observed = {name: site for name, site in sites(model).items() if site.encoder.static}
+    fitting = {name: site for name, site in sites(model).items() if site.static}
     training = {module: module.training for module in model.modules()}
     model.eval()
-    for seed, site in enumerate(observed.values()):
-        site.observer = Observer(site.channels, config.samples, seed)
+    for seed, site in enumerate(fitting.values()):
+        if not site.observes:
+            site.set_params({name: tensor.to(_device(model)) for name, tensor in site.fit(None).items()})
+        else:
+            site.observer = Observer(site.channels, config.samples, seed)
     try:
         with torch.no_grad():
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                watch("calibrating", index, len(batches) if isinstance(batches, Sized) else None)
                 architecture.feed(model, batch)
-        fitted = {name: _fit(site) for name, site in observed.items()}
+            fitted = {}
+            observers = {name: site.observer for name, site in fitting.items() if site.observer is not None}
+            for index, (name, observer) in enumerate(observers.items()):
+                watch("fitting", index, len(observers))
+                fitted[name] = _fit(fitting[name], observer)
     finally:
         for module, mode in training.items():
             module.training = mode
-        for site in observed.values():
+        for site in fitting.values():
             site.observer = None
             site.forget()
     for name, params in fitted.items():
-        observed[name].set_params(params)
+        fitting[name].set_params(params)
     return model
 
 
-def _fit(site: Site) -> CodeParams:
-    assert site.observer is not None
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _fit(site: Coder, observer: Observer) -> Mapping[str, Tensor]:
     try:
-        p = site.encoder.fit(site.observer.stats())
-        return CodeParams.from_tensors({name: t.to(site.observer.device) for name, t in p.tensors().items()})
+        return {name: tensor.to(observer.device) for name, tensor in site.fit(observer.stats()).items()}
     except CalibrationError as error:
         raise CalibrationError(f"site '{site.name}': {error}") from None
 

@@ -17,9 +17,8 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
-from spikeplug.nonlinear import OPS, approximate, within
-from spikeplug.site import Site
-from spikeplug.types import CodeParams
+from spikeplug.nonlinear import OPS, approximate, labels_of, within
+from spikeplug.site import Coder, Site
 
 DENSE_WITH_WEIGHTS = (
     nn.modules.batchnorm._BatchNorm,
@@ -46,7 +45,7 @@ class ModuleTree(Architecture):
     target: ClassVar[str] = "module"
 
     def prepare(self, model: nn.Module, config: ConversionConfig) -> nn.Module:
-        names = {name: "input" for name, module in model.named_modules() if type(module) in SPIKING}
+        names = {name for name, module in model.named_modules() if type(module) in SPIKING}
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
         for name, module in model.named_modules():
@@ -55,7 +54,15 @@ class ModuleTree(Architecture):
                     f"'{name or type(model).__name__}' is a TransformerEncoderLayer, whose fast path reads weights "
                     "without calling their layers, so their spikes would be left out: write its forward out instead"
                 )
-        config.check_exclude({**names, **{name: "module" for name, _ in _unknown(model)}})
+        ops = {
+            name: OPS[type(module)]
+            for name, module in model.named_modules(remove_duplicate=False)
+            if type(module) in OPS
+        }
+        labels = {name: labels_of(op) for name, op in ops.items()}
+        config.check_patterns(
+            {**dict.fromkeys(names, ("input",)), **{name: ("module",) for name, _ in _unknown(model)}, **labels}
+        )
         for name, module in _unknown(model):
             if not config.excludes(name, "module"):
                 raise ConversionError(
@@ -63,11 +70,6 @@ class ModuleTree(Architecture):
                     f"list it under exclude to leave it dense. {_choices()}"
                 )
         folded = [name for each in config.passes for name in plugins.get_pass(each).apply(model)]
-        ops = {
-            name: OPS[type(module)]
-            for name, module in model.named_modules(remove_duplicate=False)
-            if type(module) in OPS
-        }
         replaced = approximate(model, config, ops)
         encoder, neuron = config.build()
         for name, module in list(model.named_modules()):
@@ -117,8 +119,8 @@ class ModuleTree(Architecture):
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         for name, module in model.named_modules():
             own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            if isinstance(module, Site) and own:
-                module.set_params(CodeParams.from_tensors(own))
+            if isinstance(module, Coder) and own:
+                module.set_params(own)
         for name, tensor in model.state_dict().items():
             if name in tensors and tensors[name].dtype != tensor.dtype:
                 wanted, found = tensors[name].dtype, tensor.dtype
@@ -154,9 +156,10 @@ def _ops(model: Any) -> Iterator[Op]:
             yield Op(name, model.spikeplug_approximated[name], "approximated", 0, kind)
         elif name in model.spikeplug_folded:
             yield Op(name, "BatchNorm", "folded")
-        elif type(module) in SPIKING or _owns(module) or not (isinstance(module, Site) or list(module.children())):
+        elif type(module) in SPIKING or _owns(module) or not (isinstance(module, Coder) or list(module.children())):
             yield Op(name, kind, "dense", count if type(module) in SPIKING or _owns(module) else 0)
-    by_function = macs.get("", 0) - sum(macs.get(name, 0) for name, module in model.named_modules() if _counted(module))
+    counted = {name for name, module in model.named_modules() if _counted(module)} | set(model.spikeplug_approximated)
+    by_function = macs.get("", 0) - sum(macs.get(name, 0) for name in counted)
     if by_function > 0:
         note = "products computed by functions inside forward stay dense"
         yield Op("(functions)", "products", "dense", by_function, note=note)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from spikeplug import plugins
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError, listed, nearest
 
 OPS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
     nn.GELU: "gelu",
     nn.SiLU: "silu",
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
+    nn.Softplus: "softplus",
+    nn.Hardswish: "hardswish",
+    nn.Mish: "mish",
     nn.Softmax: "softmax",
     nn.LayerNorm: "layernorm",
     nn.RMSNorm: "rmsnorm",
@@ -25,21 +30,21 @@ OPS: dict[type[nn.Module], str] = {
 """Module of PyTorch -> the operation, as `ConversionConfig.approximators` names it."""
 
 
+def labels_of(op: str) -> tuple[str, str]:
+    """The words by which `include` and `exclude` name an operation: itself and its subsystem."""
+    return op, {"softmax": "attention", "layernorm": "norm", "rmsnorm": "norm"}.get(op, "activation")
+
+
 @dataclasses.dataclass(frozen=True)
 class Exact:
     """Keeps every nonlinear operation in floating point; the report lists it as dense."""
 
     name: ClassVar[str] = "exact"
+    static: ClassVar[bool] = False
 
-    def build(self, op: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def build(self, op: str, original: nn.Module, name: str) -> nn.Module:
         """Return `original`."""
         return original
-
-
-def replacement(config: ConversionConfig, op: str, original: Any) -> Any:
-    """What the configuration puts in the place of an operation; `original` itself where that is the exact one."""
-    name = config.approximators.get(op, config.approximators.get("*", "exact"))
-    return plugins.get_approximator(name).build(op, original)
 
 
 def within(name: str, replaced: Iterable[str]) -> bool:
@@ -51,8 +56,9 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
     """Replace the modules of `ops` (name -> operation) as the configuration says; return those that were.
 
     Raises:
-        OptionError: the configuration names an operation that the model does not have.
+        OptionError: the configuration names an operation that the model does not have, or one that has no form.
     """
+    approximators = config.build_approximators()
     for op in config.approximators:
         if op != "*" and op not in ops.values():
             raise OptionError(
@@ -60,8 +66,10 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
             )
     replaced = {}
     for name, op in ops.items():
+        if config.excludes(name, *labels_of(op)):
+            continue
         original = model.get_submodule(name)
-        new = replacement(config, op, original)
+        new = approximators[config.approximator(op)].build(op, original, name)
         if new is not original:
             model.set_submodule(name, new)
             replaced[name] = op

@@ -45,7 +45,10 @@ KINDS = {
 FIRST_PARTY = {
     ("encoder", "bse"): "spike-plugin-bse",
     ("neuron", "bse-if"): "spike-plugin-bse",
+    ("neuron", "asnc-if"): "spike-plugin-bse",
+    ("approximator", "asnc"): "spike-plugin-bse",
     ("recipe", "bse"): "spike-plugin-bse",
+    ("recipe", "laser"): "spike-plugin-bse",
     ("architecture", "transformers"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
 }

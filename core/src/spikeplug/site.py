@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError
-from spikeplug.stats import Observer
+from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 
 Execution = Literal["fused", "stepped"]
@@ -46,16 +46,87 @@ class SpikeCount:
         self.neurons += neurons
 
 
-class Site(nn.Module):
+class Coder(nn.Module):
+    """What fires spikes under calibrated parameters: a site, or the codec of an approximated operation.
+
+    Args:
+        name: where in the network it stands; messages and reports use it.
+        channels: dimensions of the observed activation that make up a channel; none: all values are alike.
+    """
+
+    static: bool = True
+    """Whether it has parameters, which `calibrate` fits and `save` stores."""
+    observes: bool = True
+    """Whether the parameters are fitted to what it sees; if not, `fit` is called with None before the first batch."""
+
+    def __init__(self, name: str, channels: tuple[int, ...] = (-1,)) -> None:
+        super().__init__()
+        self.name, self.channels = name, channels
+        self.execution: Execution = "fused"
+        self.observer: Observer | None = None
+        self.counters: list[SpikeCount] = []
+
+    def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
+        """Parameters by name, for activations of these statistics.
+
+        Raises:
+            CalibrationError: none can be found for them.
+        """
+        raise NotImplementedError
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it can code: it has parameters, or needs none."""
+        return bool(self._buffers) or not self.static
+
+    def require_calibrated(self) -> None:
+        """Raises CalibrationError when it is not."""
+        if not self.calibrated:
+            raise CalibrationError(
+                f"site '{self.name}' is not calibrated: call spikeplug.calibrate(model, batches) before the model"
+            )
+
+    def set_params(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store copies of parameters, as buffers of their names."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
+
+    def forget(self) -> None:
+        """Drop what is kept of the last activation."""
+
+    def count(self, fired: Tensor, neurons: int, largest: int) -> None:
+        """Add to every active counter, as `SpikeCount.add`."""
+        for counter in self.counters:
+            counter.add(fired, neurons, largest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coder:
+        """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Put the name into an error of numbers that are not finite."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise NonFiniteError(f"site '{self.name}': {error}") from None
+
+
+class Site(Coder):
     """Codes one activation. Called, it gives the decoded value, or hands the spikes to a receiver step by step.
 
     Several layers may read one site (q, k and v projections): the first call with an activation codes it and the
     following ones, with the same tensor, get the same result.
 
     Args:
-        name: where in the network it stands; messages and reports use it.
+        name, channels: as of a Coder.
         kind: what it carries: `input`, `embedding`, `head`, `query`, `key`, `value`, `probabilities`.
-        channels: dimensions of the activation that make up a channel.
         consumers: how many layers read it.
     """
 
@@ -68,12 +139,8 @@ class Site(nn.Module):
         channels: tuple[int, ...] = (-1,),
         consumers: int = 1,
     ) -> None:
-        super().__init__()
-        self.name, self.kind, self.encoder, self.neuron = name, kind, encoder, neuron
-        self.channels, self.consumers = channels, consumers
-        self.execution: Execution = "fused"
-        self.observer: Observer | None = None
-        self.counters: list[SpikeCount] = []
+        super().__init__(name, channels)
+        self.kind, self.encoder, self.neuron, self.consumers = kind, encoder, neuron, consumers
         self._memo: _Kept | None = None
         self._read: _Kept | None = None
 
@@ -81,18 +148,16 @@ class Site(nn.Module):
         return f"{self.encoder}"
 
     @property
-    def calibrated(self) -> bool:
-        """Whether the site can code: it has parameters, or its code needs none."""
-        return "scale" in self._buffers or not self.encoder.static
+    def static(self) -> bool:  # type: ignore[override]
+        return self.encoder.static
+
+    def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
+        assert stats is not None
+        return self.encoder.fit(stats).tensors()
 
     def forget(self) -> None:
         """Drop what is kept of the last activation for the other layers that read it."""
         self._memo = self._read = None
-
-    def set_params(self, p: CodeParams) -> None:
-        """Store the parameters, as buffers of their names."""
-        for name, tensor in p.tensors().items():
-            self.register_buffer(name, tensor)
 
     def params(self, x: Tensor) -> CodeParams:
         """The parameters for activation `x`, on its device.
@@ -100,11 +165,8 @@ class Site(nn.Module):
         Raises:
             CalibrationError: there are none yet.
         """
-        if not self.calibrated:
-            raise CalibrationError(
-                f"site '{self.name}' is not calibrated: call spikeplug.calibrate(model, batches) before the model"
-            )
-        if not self.encoder.static:
+        self.require_calibrated()
+        if not self.static:
             unit = torch.ones((), device=x.device)
             return self.encoder.params(x, CodeParams(unit, torch.zeros_like(unit)))
         tensors = {name: buffer.to(x.device) for name, buffer in self._buffers.items() if buffer is not None}
@@ -123,7 +185,7 @@ class Site(nn.Module):
             NonFiniteError: `x` holds NaN or infinity; the message names the site.
         """
         if receive is not None:
-            with self._named():
+            with self.named():
                 p = self.params(x)
                 return receive(p, self._stream(x, p, new))
         if self._memo is not None and self._memo.holds(x):
@@ -135,7 +197,7 @@ class Site(nn.Module):
         return value
 
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
-        with self._named():
+        with self.named():
             if self.observer is not None:
                 self.observer.update(x)
                 return x
@@ -144,31 +206,26 @@ class Site(nn.Module):
                 return straight_through(x, lambda x: self._decoded(x, p, new))
             if self.counters:
                 fresh = _fresh(x, new)
-                known = p if self.encoder.static else self.params(fresh)
-                self._add(self.counters, self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
+                known = p if self.static else self.params(fresh)
+                self.count(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
     def _stream(self, x: Tensor, p: CodeParams, new: slice | None) -> Iterator[Tensor]:
         """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
-        neuron, encoder, counters = self.neuron, self.encoder, self._meters(x)
+        neuron, encoder, counted = self.neuron, self.encoder, self._first_reader(x)
         spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
-            if counters:
+            if counted and self.counters:
                 fresh = _fresh(s, new)
-                self._add(counters, fresh.abs(), fresh.numel() if step == 0 else 0, 1)
+                self.count(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 
-    def _meters(self, x: Tensor) -> list[SpikeCount]:
-        """The counters, for the first of the layers that read the spikes of this activation."""
+    def _first_reader(self, x: Tensor) -> bool:
+        """Whether this is the first of the layers that read the spikes of this activation, for which they count."""
         again = self._read is not None and self._read.holds(x)
         kept = self._read if again and self._read is not None else _Kept(x, _version(x), x, self.consumers)
         self._read = kept.after_one_more()
-        return [] if again else self.counters
-
-    @staticmethod
-    def _add(counters: list[SpikeCount], fired: Tensor, neurons: int, largest: int) -> None:
-        for counter in counters:
-            counter.add(fired, neurons, largest)
+        return not again
 
     def _decoded(self, x: Tensor, p: CodeParams, new: slice | None) -> Tensor:
         total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
@@ -179,23 +236,6 @@ class Site(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles leave out what is kept of the last activation."""
         return {**self.__dict__, "_memo": None, "_read": None}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Site:
-        """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except NonFiniteError as error:
-            raise NonFiniteError(f"site '{self.name}': {error}") from None
 
 
 class _Kept(NamedTuple):
@@ -224,8 +264,8 @@ def _fresh(x: Tensor, new: slice | None) -> Tensor:
     return x if new is None else x[..., new, :]
 
 
-def sites(model: nn.Module) -> dict[str, Site]:
-    """All sites of a converted model by their place in it.
+def sites(model: nn.Module) -> dict[str, Coder]:
+    """Everything in a converted model that fires spikes, by its place in it.
 
     Raises:
         ConversionError: it has none, so it is not a converted model.
@@ -233,7 +273,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
     found = {
         path.removesuffix(".site").removesuffix("_site"): module
         for path, module in model.named_modules()
-        if isinstance(module, Site)
+        if isinstance(module, Coder)
     }
     if not found:
         raise ConversionError(f"{type(model).__name__} has no spiking site: convert it with spikeplug.convert first")

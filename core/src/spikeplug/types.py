@@ -169,12 +169,20 @@ class Neuron(ABC):
 
 @runtime_checkable
 class Approximator(Protocol):
-    """Stands in for one nonlinear operation (`silu`, `gelu`, `softmax`, `rmsnorm`, ...), keeping its call signature."""
+    """Stands in for nonlinear operations (`silu`, `gelu`, `softmax`, `rmsnorm`, ...). A frozen dataclass of options."""
 
     name: ClassVar[str]
+    static: ClassVar[bool]
+    """Whether what it builds is fitted to calibration data."""
 
-    def build(self, op: str, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """What is called in place of `original`."""
+    def build(self, op: str, original: torch.nn.Module, name: str) -> torch.nn.Module:
+        """What is called in the place of `original`, a module of the network of that name, with its signature.
+
+        What fires spikes or is fitted in it is a `spikeplug.site.Coder`. `original` itself stands for: left exact.
+
+        Raises:
+            OptionError: there is no form of this operation.
+        """
 
 
 @runtime_checkable
@@ -229,6 +237,12 @@ class Recipe:
     neuron_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Neuron option -> the encoder option that it takes its value from."""
     passes: tuple[str, ...] = ()
+    approximators: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Nonlinear operation, or `*` for all -> approximator; what is not named stays exact."""
+    approximator_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Approximator -> its options."""
+    approximator_follows: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Approximator option -> the encoder option that it takes its value from."""
     targets: frozenset[str] = frozenset({"module", "lm"})
     """Kinds of network it is meant for: `module` (plain PyTorch), `lm` (language model)."""
 

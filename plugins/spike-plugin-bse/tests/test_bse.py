@@ -106,7 +106,7 @@ def test_layer_and_next_code_equal_the_soma():
     reference = soma(code.encode(flat, p_in), layer.weight, layer.bias, code, p_in, p_out)
     site = Site("layer", "input", code, BitIF(steps=8))
     make_spiking(layer, site)
-    site.set_params(p_in)
+    site.set_params(p_in.tensors())
     for site.execution in ("fused", "stepped"):
         assert torch.equal(code.quantize(layer(flat), p_out), reference)
 
@@ -121,7 +121,7 @@ def test_integer_weights_give_exact_equality(steps):
     dense = layer(x)
     site = Site("layer", "input", BSE(steps=steps), BitIF(steps=steps))
     make_spiking(layer, site)
-    site.set_params(UNIT)
+    site.set_params(UNIT.tensors())
     fused = layer(x)
     site.execution = "stepped"
     assert torch.equal(layer(x), fused)
@@ -135,7 +135,7 @@ def test_float32_tolerance_of_stepped_against_fused():
     layer = torch.nn.Linear(512, 256)
     site = Site("layer", "input", BSE(steps=16), BitIF(steps=16))
     make_spiking(layer, site)
-    site.set_params(site.encoder.fit(ActivationStats.of(x)))
+    site.set_params(site.encoder.fit(ActivationStats.of(x)).tensors())
     fused = layer(x)
     site.execution = "stepped"
     assert ((layer(x) - fused).abs().max() / fused.abs().max()).item() < 2e-6

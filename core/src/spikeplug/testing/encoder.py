@@ -240,7 +240,7 @@ class EncoderConformance(Guarded):
         make_spiking(layer, site)
         assert isinstance(layer, SpikingLinear)
         if encoder.static:
-            site.set_params(self._fit(encoder, x))
+            site.set_params(self._fit(encoder, x).tensors())
         fused = layer(x)
         site.execution = "stepped"
         stepped = layer(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from spikeplug import plugins
-from spikeplug.architecture import LanguageArchitecture, Opened
+from spikeplug.architecture import LanguageArchitecture, Opened, Watch, unwatched
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
@@ -77,7 +77,7 @@ class Transformers(LanguageArchitecture):
         return text.calibration(text.tokenize(opened, path)[0], seqlen, tokens)
 
     def perplexity(
-        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Watch = unwatched
     ) -> dict[str, Any]:
         return text.evaluate(opened, path, seqlen=seqlen, tokens=tokens, watch=watch)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from spikeplug.architecture import Opened
+    from spikeplug.architecture import Opened, Watch
 
 PROMPT = "Gravity is the force that"
 NEW_TOKENS = 32
@@ -36,13 +36,13 @@ def demo(
     architecture = language()
     with tempfile.TemporaryDirectory() as folder, quiet():
         calibration, test = _texts(Path(folder))
-        with progress("loading") as watch:
-            watch(0, 1)
+        with progress() as watch:
+            watch("loading", 0, 1)
             opened = architecture.open(model, dtype="auto", device="cpu")
         rows = []
         for recipe in [None, *_fitting()]:
             try:
-                with progress(recipe or "dense") as watch:
+                with progress() as watch:
                     measure = _Measure(architecture, calibration, test, seqlen, tokens, calibrate_tokens, watch)
                     rows.append(measure(opened, recipe))
             except SpikeplugError as error:
@@ -114,7 +114,7 @@ class _Measure:
         seqlen: int,
         tokens: int,
         calibrate_tokens: int,
-        watch: Callable[[int, int], None],
+        watch: Watch,
     ) -> None:
         self.architecture, self.calibration, self.test = architecture, calibration, test
         self.seqlen, self.tokens, self.calibrate_tokens, self.watch = seqlen, tokens, calibrate_tokens, watch
@@ -129,11 +129,11 @@ class _Measure:
             batches = self.architecture.calibration(
                 opened, self.calibration, seqlen=self.seqlen, tokens=self.calibrate_tokens
             )
-            convert(opened.model, recipe, calibration=batches)
+            convert(opened.model, recipe, calibration=batches, watch=self._named(recipe))
             encoder, _ = opened.model.spikeplug_config.build()  # type: ignore[union-attr, operator]
             steps, code = encoder.steps, str(encoder)
         found = self.architecture.perplexity(
-            opened, self.test, seqlen=self.seqlen, tokens=self.tokens, watch=self.watch
+            opened, self.test, seqlen=self.seqlen, tokens=self.tokens, watch=self._named(recipe or "dense")
         )
         return {
             "recipe": recipe or "dense",
@@ -146,6 +146,9 @@ class _Measure:
             "macs_share": found.get("report", {}).get("macs_share", {}),
             "sentence": _continue(opened),
         }
+
+    def _named(self, recipe: str) -> Watch:
+        return lambda stage, done, of: self.watch(f"{recipe}: {stage}", done, of)
 
 
 def _texts(folder: Path) -> tuple[Path, Path]:

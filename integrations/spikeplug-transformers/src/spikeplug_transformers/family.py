@@ -12,8 +12,8 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, listed
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
-from spikeplug.nonlinear import approximate, within
-from spikeplug.site import Site
+from spikeplug.nonlinear import approximate, labels_of, within
+from spikeplug.site import Coder, Site
 from spikeplug.types import Encoder, Neuron
 
 from .attention import OPERANDS, Softmax, refuse_other_attention
@@ -100,43 +100,56 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     found = list(places(model))
     names = {place.name: place.kind for place in found}
     names |= {reader: place.kind for place in found for reader in place.readers}
-    config.check_exclude(names)
+    ops = _operations(model)
+    labels = {name: labels_of(op) for name, op in ops.items()}
+    config.check_patterns({**{name: (kind, subsystem(name, kind)) for name, kind in names.items()}, **labels})
     modules = dict(model.named_modules())
     encoder, neuron = config.build()
     for place in found:
         _fill(place, config, modules, encoder, neuron)
-    model.spikeplug_approximated = _approximate(model, config)  # type: ignore[assignment]
+    for _, block in attention_blocks(model):
+        block.softmax = Softmax()
+    model.spikeplug_approximated = approximate(model, config, ops)  # type: ignore[assignment]
     if needs_our_attention(config):
         for _, block in attention_blocks(model):
             block.register_forward_pre_hook(refuse_other_attention)
 
 
-def _approximate(model: nn.Module, config: ConversionConfig) -> dict[str, str]:
-    """Replace norms, activations and the softmax of attention; return the operations that were, by name."""
+def subsystem(name: str, kind: str) -> str:
+    """The part of the network that a site belongs to, as `include` and `exclude` name it."""
+    if kind in ("embedding", "head"):
+        return "embedding"
+    return "ffn" if ".mlp." in name else "attention"
+
+
+def _operations(model: nn.Module) -> dict[str, str]:
+    """Name of every nonlinear operation -> which it is: norms, activations and the softmax of attention."""
     activation = model.config.hidden_act  # type: ignore[union-attr]
     ops = {name: "rmsnorm" for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
     ops |= {name: activation for name, _ in model.named_modules() if name.endswith(".mlp.act_fn")}
-    for name, block in attention_blocks(model):
-        block.softmax = Softmax()
-        ops[f"{name}.softmax"] = "softmax"
-    return approximate(model, config, ops)
+    return ops | {f"{name}.softmax": "softmax" for name, _ in attention_blocks(model)}
+
+
+ELSEWHERE = {"input", "embedding", "head", "ffn", "activation", "norm"}
+"""Words of `include` that name nothing inside the products of attention."""
 
 
 def needs_our_attention(config: ConversionConfig) -> bool:
     """Whether attention must go through our implementation: an operand may be coded, or softmax approximated."""
-    softmax = config.approximators.get("softmax", config.approximators.get("*", "exact"))
-    return not set(OPERANDS) <= set(config.exclude) or softmax != "exact"
+    exact = config.approximator("softmax") == "exact" or "softmax" in config.exclude
+    excluded = "attention" in config.exclude or (exact and set(OPERANDS) <= set(config.exclude))
+    return not excluded and not set(config.include) <= ELSEWHERE
 
 
 def _fill(
     place: Place, config: ConversionConfig, modules: dict[str, nn.Module], encoder: Encoder, neuron: Neuron | None
 ) -> None:
-    readers = [name for name in place.readers if not config.excludes(name, place.kind)]
+    readers = [name for name in place.readers if not config.excludes(name, place.kind, subsystem(name, place.kind))]
     if place.readers and readers:
         site = Site(readers[0], place.kind, encoder, neuron, consumers=len(readers))
         for reader in readers:
             make_spiking(modules[reader], site, owner=reader == readers[0])
-    elif not place.readers and not config.excludes(place.name, place.kind):
+    elif not place.readers and not config.excludes(place.name, place.kind, subsystem(place.name, place.kind)):
         if place.kind == "embedding":
             place.module.__class__ = CodedEmbedding
             place.module.site = Site(place.name, place.kind, encoder, neuron)
@@ -171,7 +184,7 @@ def _ops(model: Any) -> Iterator[Op]:
         elif name.endswith(".mlp"):
             yield Op(f"{name}.gate·up", "elementwise product", "dense")
             yield Op(f"{name.removesuffix('.mlp')}.residual", "two additions", "dense")
-        elif not isinstance(module, (Site, SpikingLayer)) and not list(module.children()):
+        elif not isinstance(module, (Coder, SpikingLayer)) and not list(module.children()):
             yield Op(name, kind, "dense")
 
 

@@ -19,7 +19,7 @@ from spikeplug.bundle import MANIFEST, read_manifest, verify
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion import set_execution
 from spikeplug.errors import CalibrationError, ConversionError
-from spikeplug.site import Site, sites
+from spikeplug.site import Coder, sites
 from spikeplug.types import Recipe
 
 from .attention import IMPLEMENTATION
@@ -117,7 +117,7 @@ def _verify_files(files: list[Path]) -> None:
 
 def _declare_params(model: nn.Module, files: list[str]) -> None:
     """Give every site buffers of the shapes and dtypes in the checkpoint, for transformers to fill."""
-    prefixes = {f"{path}.": module for path, module in model.named_modules() if isinstance(module, Site)}
+    prefixes = {f"{path}.": module for path, module in model.named_modules() if isinstance(module, Coder)}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)

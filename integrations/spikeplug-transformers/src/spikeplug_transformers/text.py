@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikeplug.architecture import Opened
+from spikeplug.architecture import Opened, Watch
 from spikeplug.conversion import count_spikes, report
 from spikeplug.errors import NonFiniteError, OptionError
-from spikeplug.site import Site
+from spikeplug.site import Coder
 
 
 def tokenize(opened: Opened, text: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -91,15 +90,14 @@ def calibration(ids: Tensor, seqlen: int, tokens: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(
-    opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Callable[[int, int], None]
-) -> dict[str, Any]:
+def evaluate(opened: Opened, text: Path, *, seqlen: int, tokens: int | None, watch: Watch) -> dict[str, Any]:
     """Perplexity `exp(mean negative log-likelihood)` over all targets of non-overlapping windows.
 
     Each window of `seqlen` tokens has `seqlen - 1` targets; tokens after the last whole window are left out.
 
     Returns:
-        perplexity, protocol, tokens_per_second and, for a converted model, spikes and report.
+        perplexity, protocol, tokens_per_second (of all windows but the first, where there are more) and, for a
+        converted model, spikes and report.
 
     Raises:
         OptionError: the text is too short, or a window longer than the model's context.
@@ -111,17 +109,21 @@ def evaluate(
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and batches[0].shape[1] > context:
         raise OptionError(f"seqlen={batches[0].shape[1]}: the model's context is {context} tokens")
-    spiking = any(isinstance(module, Site) for module in model.modules())
+    spiking = any(isinstance(module, Coder) for module in model.modules())
     total, targets = 0.0, 0
-    start = time.perf_counter()
+    start, timed = time.perf_counter(), 0
     with count_spikes(model) if spiking else contextlib.nullcontext() as counts:
         for index, batch in enumerate(batches):
-            watch(index, len(batches))
+            watch("evaluating", index, len(batches))
             batch = batch.to(model.device)
             logits = model(batch, use_cache=False).logits[0, :-1].float()
             total += F.cross_entropy(logits, batch[0, 1:], reduction="sum").item()
             targets += batch.shape[1] - 1
-        watch(len(batches), len(batches))
+            if index == 0 and len(batches) > 1:
+                start = time.perf_counter()  # the first window warms caches and threads up
+            else:
+                timed += batch.numel()
+        watch("evaluating", len(batches), len(batches))
     seconds = time.perf_counter() - start
     if not math.isfinite(total):
         raise NonFiniteError(f"the model's logits on {text.name} are NaN or infinite")
@@ -130,7 +132,7 @@ def evaluate(
     result: dict[str, Any] = {
         "perplexity": math.exp(min(total / targets, 700.0)),
         "protocol": {**protocol, "seqlen": size, "stride": size, "tokens": seen, "targets": targets},
-        "tokens_per_second": seen / seconds,
+        "tokens_per_second": timed / seconds,
     }
     result["protocol"] |= {"dtype": str(model.dtype).removeprefix("torch."), "model": opened.name}
     if counts is not None:

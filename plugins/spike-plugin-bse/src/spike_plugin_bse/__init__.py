@@ -14,9 +14,14 @@ def spikeplug_encoders() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_neurons() -> dict[str, str]:
-    return {"bse-if": "spike_plugin_bse.neuron:BitIF"}
+    return {"bse-if": "spike_plugin_bse.neuron:BitIF", "asnc-if": "spike_plugin_bse.neuron:CodecIF"}
+
+
+@hookimpl
+def spikeplug_approximators() -> dict[str, str]:
+    return {"asnc": "spike_plugin_bse.nonlinear:ASNC"}
 
 
 @hookimpl
 def spikeplug_recipes() -> dict[str, str]:
-    return {"bse": "spike_plugin_bse.recipe:BSE_RECIPE"}
+    return {"bse": "spike_plugin_bse.recipe:BSE_RECIPE", "laser": "spike_plugin_bse.recipe:LASER"}

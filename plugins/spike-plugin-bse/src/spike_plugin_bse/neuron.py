@@ -1,8 +1,9 @@
-"""BSE's integrate-and-fire neuron with dynamic threshold, and the soma that feeds it (LASER, Eq. 1-4)."""
+"""LASER's integrate-and-fire neurons with dynamic threshold, and the soma that feeds them (Eq. 1-5)."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from spikeplug.rate import check_steps
 from spikeplug.types import CodeParams, Neuron
 
+from .asnc import schedule
 from .encoder import BSE, MAX_STEPS
 
 
@@ -47,6 +49,32 @@ class BitIF(Neuron):
         u = state.v + x
         s = (u >= threshold).to(u.dtype)
         return s, BitState(u - threshold * s, state.t + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecIF(Neuron):
+    """The neuron of a codec's segment (Eq. 5, 15): thresholds and resets of `asnc.schedule`, which differ by step.
+
+    Args:
+        steps: T, 1 to 32.
+    """
+
+    steps: int = 16
+
+    name: ClassVar[str] = "asnc-if"
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, MAX_STEPS)
+
+    def init(self, x: Tensor) -> BitState:
+        return BitState(torch.zeros_like(x), 0)
+
+    def step(self, x: Tensor, state: BitState) -> tuple[Tensor, BitState]:
+        # After its window it is silent.
+        threshold, reset = schedule(self.steps)[state.t] if state.t < self.steps else (math.inf, 0)
+        u = state.v + x
+        s = (u >= threshold).to(u.dtype)
+        return s, BitState(u - reset * s, state.t + 1)
 
 
 def soma(

@@ -1,4 +1,4 @@
-"""The recipe `bse`: weighted layers, q·k and p·v coded by BSE; nonlinear operations exact."""
+"""The recipes `bse` (weighted layers and attention operands in spikes) and `laser` (nonlinear operations too)."""
 
 from __future__ import annotations
 
@@ -10,4 +10,14 @@ BSE_RECIPE = Recipe(
     encoder="bse",
     neuron="bse-if",
     neuron_options={"steps": "steps"},
+)
+
+LASER = Recipe(
+    name="laser",
+    summary="LASER whole: bit spike encoding everywhere, and every nonlinear operation by spiking codecs (ASNC)",
+    encoder="bse",
+    neuron="bse-if",
+    neuron_options={"steps": "steps"},
+    approximators={"*": "asnc"},
+    approximator_follows={"steps": "steps"},
 )

@@ -1,0 +1,199 @@
+"""A scalar function inside a network, as an adaptive spiking neural codec with BSE output (LASER, Eq. 5 and 6)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spikeplug.site import Coder
+from spikeplug.stats import ActivationStats, require_finite
+from spikeplug.types import CodeParams
+
+from .asnc import Fit, Function, Table, fit, patterns
+from .encoder import BSE
+from .neuron import BitIF, CodecIF
+
+
+class Codec(Coder):
+    """Stands for a function of one number: two windows of spikes, the codec's and that of its BSE output.
+
+    Args:
+        name: as of a Coder.
+        function: the exact function, elementwise; its own gradient is that of the codec.
+        options: how it is fitted.
+        domain: the range of inputs, where it is known; None: that of calibration.
+    """
+
+    def __init__(self, name: str, function: Function, options: Fit, domain: tuple[float, float] | None = None) -> None:
+        super().__init__(name, channels=())
+        self.function, self.options, self.domain = function, options, domain
+        self.output = BSE(steps=options.steps)
+        self._ready: dict[tuple[torch.device, torch.dtype], _Ready] = {}
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.domain is None
+
+    def extra_repr(self) -> str:
+        return f"segments={self.options.segments}, steps={self.options.steps}"
+
+    def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
+        if self.domain is not None:
+            table = _fit_domain(self.function, self.options, *self.domain)
+        else:
+            assert stats is not None
+            limits = float(stats.low), float(stats.high)
+            table = fit(self.function, stats.values, self.options, limits)
+        (low, _), (high, _) = table.ends.tolist()
+        # The range of the output is that of the function wherever the segments reach, so that nothing in it is clipped.
+        y = self.function(torch.linspace(low, high, 4096, dtype=torch.float64))
+        out = self.output.fit(ActivationStats.of(torch.cat([y, table(torch.linspace(low, high, 4096))]), ()))
+        return {**table.tensors(), "scale": out.scale, "offset": out.offset}
+
+    def set_params(self, tensors: Mapping[str, Tensor]) -> None:
+        super().set_params(tensors)
+        self._ready = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`function(x)` in spikes, same shape and dtype.
+
+        Raises:
+            NonFiniteError: `x` holds NaN or infinity; the message names the place.
+            CalibrationError: it is not fitted yet.
+        """
+        with self.named():
+            if self.observer is not None:
+                self.observer.update(x)
+                return self.function(x)
+            self.require_calibrated()
+            require_finite(x)
+            y: Tensor = _OwnGradient.apply(x, self.function, self._spiking)  # type: ignore[no-untyped-call]
+            return y
+
+    def _spiking(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        ready = self._prepared(wide)
+        i, q = self._codes(ready, wide.reshape(-1))
+        y = self._stepped(ready, i, q) if self.execution == "stepped" else self._fused(ready, i, q)
+        y = y.reshape(x.shape)
+        if ready.outside:
+            (low, below), (high, above) = ready.outside
+            y.add_((wide - low).clamp_(max=0), alpha=below).add_((wide - high).clamp_(min=0), alpha=above)
+        return self._recoded(y, ready.out).to(x.dtype)
+
+    def _prepared(self, x: Tensor) -> _Ready:
+        """The tables for inputs of this dtype on this device, made once."""
+        key = (x.device, x.dtype)
+        if key not in self._ready:
+            buffers = {name: buffer.cpu() for name, buffer in self._buffers.items() if buffer is not None}
+            table, spikes = Table.from_tensors(buffers), patterns(self.options.steps)
+            values = table.bias[:, None] + table.weights @ spikes.T
+            self._ready[key] = _Ready(
+                edges=table.edges.to(*key),
+                start=table.start.to(*key),
+                rate=table.rate.to(*key),
+                values=values.reshape(-1).to(*key),
+                bias=table.bias.to(*key),
+                weights=table.weights.T.contiguous().to(*key),
+                fired=spikes.sum(1).to(x.device, torch.int32),
+                outside=table.ends.tolist() if self.domain is None else [],
+                out=CodeParams(buffers["scale"].to(x.device), buffers["offset"].to(x.device)),
+            )
+        return self._ready[key]
+
+    @staticmethod
+    def _codes(ready: _Ready, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`Table.codes` of a flat tensor, without its temporaries: int32, and whole numbers in the dtype of `x`."""
+        i = torch.bucketize(x, ready.edges, right=True, out_int32=True)
+        start, rate = ready.start.index_select(0, i), ready.rate.index_select(0, i)
+        return i, torch.sub(x, start, out=start).mul_(rate).round_().clamp_(0, ready.fired.numel() - 1)
+
+    def _fused(self, ready: _Ready, i: Tensor, q: Tensor) -> Tensor:
+        code = q.to(torch.int32)
+        if self.counters:
+            self.count(ready.fired.index_select(0, code), code.numel(), self.options.steps)
+        return ready.values.index_select(0, code.add_(i, alpha=ready.fired.numel()))
+
+    def _stepped(self, ready: _Ready, i: Tensor, q: Tensor) -> Tensor:
+        y = ready.bias.index_select(0, i)
+        neuron = CodecIF(steps=self.options.steps)
+        for t, s in enumerate(neuron.stream(_impulse(q, neuron.steps))):
+            self.count(s, q.numel() if t == 0 else 0, 1)
+            y.addcmul_(ready.weights[t].index_select(0, i), s)
+        return y
+
+    def _recoded(self, y: Tensor, out: CodeParams) -> Tensor:
+        """The value of the BSE window that carries `y` on (Eq. 6)."""
+        if self.execution == "stepped":
+            neuron = BitIF(steps=self.output.steps)
+            total = torch.zeros_like(y, dtype=torch.promote_types(y.dtype, out.scale.dtype))
+            for t, s in enumerate(neuron.stream(self.output.drive(y, out))):
+                self.count(s, y.numel() if t == 0 else 0, 1)
+                total.add_(s, alpha=2.0 ** (self.output.steps - 1 - t))
+            return self.output.scaled(total, out)
+        if self.counters:
+            self.count(self.output.count(y, out), y.numel(), self.output.steps)
+        return self.output.scaled(self.output.quantize(y, out), out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codec:
+        super()._apply(fn, recurse)
+        self._ready = {}
+        return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_ready": {}}
+
+
+@functools.cache
+def _fit_domain(function: Function, options: Fit, low: float, high: float) -> Table:
+    """A function on a whole domain, all of it alike; every layer has the same."""
+    return fit(function, torch.linspace(low, high, 4096, dtype=torch.float64), options)
+
+
+class _Ready(NamedTuple):
+    """A table as inputs of one dtype and device use it.
+
+    Attributes:
+        edges, start, rate, bias: as in Table.
+        weights: `[T, K]`.
+        values: value of every code of every segment, `[K * 2^B]`.
+        fired: spikes of every code, int32 `[2^B]`.
+        outside: position and slope of the two ends; empty where no input lies beyond them.
+        out: parameters of the BSE output.
+    """
+
+    edges: Tensor
+    start: Tensor
+    rate: Tensor
+    values: Tensor
+    bias: Tensor
+    weights: Tensor
+    fired: Tensor
+    outside: list[list[float]]
+    out: CodeParams
+
+
+def _impulse(q: Tensor, steps: int) -> Iterator[Tensor]:
+    """One impulse q at t = 0 (Eq. 4)."""
+    for t in range(steps):
+        yield q if t == 0 else torch.zeros_like(q)
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The spiking value in the forward pass, the exact function's gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Function, value: Function) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return value(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return torch.autograd.grad(ctx.function(x), x, gradients[0])[0], None, None
