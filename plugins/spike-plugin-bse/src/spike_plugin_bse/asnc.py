@@ -26,6 +26,9 @@ CANDIDATES = 31
 GRID = 2048
 """Points of the uniform grid that is fitted beside the samples."""
 
+CELLS = 16384
+"""Even cells of the range, on whose borders the edges lie: the segment of an input is one look-up, not a search."""
+
 LEVEL_BITS = 8
 """Bits of a segment's input code. The last so many steps send them; a window has steps before those, which compare."""
 
@@ -92,21 +95,22 @@ class Fit:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A fitted function: K segments, each with T spikes (Eq. 5, 15, 16). All tensors float64.
+    """A fitted function: K segments, each with T spikes (Eq. 5, 15, 16). Tensors are float64, but for `owner`.
 
-    In segment i, `q = clip(round(rate_i * (x - start_i)), 0, 2^B - 1)` drives an integrate-and-fire neuron of the
-    thresholds and resets of `schedule`, and the value is `bias_i + sum_t weights_i(t) spikes(t)`. An input beyond the
-    first or last edge has the value of that edge, plus the distance times the slope of that end.
+    The segment of x is `owner[floor((x - low) / (high - low) * cells)]`. In segment i,
+    `q = clip(round(rate_i * (x - start_i)), 0, 2^B - 1)` drives an integrate-and-fire neuron of the thresholds and
+    resets of `schedule`, and the value is `bias_i + sum_t weights_i(t) spikes(t)`. An input beyond the range has the
+    value of its end, plus the distance times the slope there.
 
     Attributes:
-        edges: `[K - 1]`, inner edges; an input equal to one belongs to the segment above.
+        owner: segment of every cell, int16 `[cells]`.
         start, rate: `[K]`, b_i and s_i of Eq. 5 as `quantize(rate (x - start))`.
         bias: `[K]`.
         weights: `[K, T]`, w_i(t).
         ends: `[2, 2]`, for the lower and upper end its position and its slope.
     """
 
-    edges: Tensor
+    owner: Tensor
     start: Tensor
     rate: Tensor
     bias: Tensor
@@ -124,7 +128,9 @@ class Table:
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Segment and code q of every input, int64 `[*S]`."""
-        i = torch.bucketize(x, self.edges, right=True)
+        (low, _), (high, _) = self.ends.tolist()
+        cell = ((x - low) * (self.owner.numel() / (high - low))).clamp(0, self.owner.numel() - 1)
+        i = self.owner[cell.to(torch.int64)].to(torch.int64)
         top = 2 ** min(self.steps, LEVEL_BITS) - 1
         return i, torch.round((x - self.start[i]) * self.rate[i]).clamp(0, top).to(torch.int64)
 
@@ -147,9 +153,9 @@ class Table:
         return self.weights.shape[1]
 
     @property
-    def size(self) -> int:
-        """How many numbers it stores per function, apart from the two ends."""
-        return self.edges.numel() + self.start.numel() + self.rate.numel() + self.bias.numel() + self.weights.numel()
+    def edges(self) -> Tensor:
+        """Inner edges `[K - 1]`; an input equal to one belongs to the segment above."""
+        return self.start[1:]
 
 
 def schedule(steps: int) -> list[tuple[int, int]]:
@@ -199,7 +205,8 @@ def fit(function: Function, samples: Tensor, fit: Fit, limits: tuple[float, floa
     low, high = low - margin * (low != 0), high + margin * (high != 0)
     points = _Points(function, samples, low, high, fit)
     edges = _refined(points, _split(points, fit), fit)
-    return _codecs(points, edges, _slopes(function, low, high), fit)
+    cells = torch.unique(torch.round((edges - low) * (CELLS / (high - low))))
+    return _codecs(points, cells, _slopes(function, low, high), fit)
 
 
 def _slopes(function: Function, low: float, high: float) -> Tensor:
@@ -387,14 +394,16 @@ def _refined(points: _Points, edges: Tensor, fit: Fit) -> Tensor:
     return edges
 
 
-def _codecs(points: _Points, edges: Tensor, ends: Tensor, fit: Fit) -> Table:
+def _codecs(points: _Points, cells: Tensor, ends: Tensor, fit: Fit) -> Table:
     """Decode weights of every segment by least squares, held near those of its line where the data say little."""
+    edges = points.low + cells * ((points.high - points.low) / CELLS)
     a, b = edges[:-1], edges[1:]
+    owner = torch.searchsorted(cells[1:-1], torch.arange(CELLS).double(), right=True).to(torch.int16)
     _, _, _, slope, at_start = points.line(a, b)
     rate = points.levels / (b - a)
     of_line = torch.tensor([float(reset) for _, reset in schedule(fit.steps)], dtype=torch.float64)
     weights, bias = slope[:, None] / rate[:, None] * of_line, at_start.clone()
-    table = Table(edges[1:-1].contiguous(), a.contiguous(), rate, bias, weights, ends)
+    table = Table(owner, a, rate, bias, weights, ends)
     i, q = table.codes(points.x)
     spikes = patterns(fit.steps)[q]
     features = torch.cat([torch.ones_like(spikes[:, :1]), spikes], dim=1)

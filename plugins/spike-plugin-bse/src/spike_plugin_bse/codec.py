@@ -17,6 +17,9 @@ from .asnc import Fit, Function, Table, fit, patterns
 from .encoder import BSE
 from .neuron import BitIF, CodecIF
 
+CHUNK = 1 << 16
+"""Inputs that a CPU computes at a time, so that what lies between input and output stays in its cache."""
+
 
 class Codec(Coder):
     """Stands for a function of one number: two windows of spikes, the codec's and that of its BSE output.
@@ -75,40 +78,49 @@ class Codec(Coder):
             return y
 
     def _spiking(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        ready = self._prepared(wide)
-        i, q = self._codes(ready, wide.reshape(-1))
-        y = self._stepped(ready, i, q) if self.execution == "stepped" else self._fused(ready, i, q)
-        y = y.reshape(x.shape)
-        if ready.outside:
-            (low, below), (high, above) = ready.outside
-            y.add_((wide - low).clamp_(max=0), alpha=below).add_((wide - high).clamp_(min=0), alpha=above)
-        return self._recoded(y, ready.out).to(x.dtype)
+        ready = self._prepared(torch.promote_types(x.dtype, torch.float32), x.device)
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        size = CHUNK if x.device.type == "cpu" else max(1, x.numel())
+        for part, place in zip(torch.split(x.reshape(-1), size), torch.split(result.view(-1), size), strict=True):
+            place.copy_(self._part(ready, part.to(ready.start.dtype)))
+        return result
 
-    def _prepared(self, x: Tensor) -> _Ready:
-        """The tables for inputs of this dtype on this device, made once."""
-        key = (x.device, x.dtype)
+    def _part(self, ready: _Ready, x: Tensor) -> Tensor:
+        """The values of some inputs `[n]`."""
+        i, q = self._codes(ready, x)
+        y = self._stepped(ready, i, q) if self.execution == "stepped" else self._fused(ready, i, q)
+        if self.domain is None:
+            (low, below), (high, above) = ready.ends
+            y.add_((x - low).clamp_(max=0), alpha=below).add_((x - high).clamp_(min=0), alpha=above)
+        return self._recoded(y, ready.out)
+
+    def _prepared(self, dtype: torch.dtype, device: torch.device) -> _Ready:
+        """The tables for computing in this dtype on this device, made once."""
+        key = (device, dtype)
         if key not in self._ready:
             buffers = {name: buffer.cpu() for name, buffer in self._buffers.items() if buffer is not None}
             table, spikes = Table.from_tensors(buffers), patterns(self.options.steps)
             values = table.bias[:, None] + table.weights @ spikes.T
             self._ready[key] = _Ready(
-                edges=table.edges.to(*key),
+                owner=table.owner.to(device, torch.int32),
                 start=table.start.to(*key),
                 rate=table.rate.to(*key),
                 values=values.reshape(-1).to(*key),
                 bias=table.bias.to(*key),
                 weights=table.weights.T.contiguous().to(*key),
-                fired=spikes.sum(1).to(x.device, torch.int32),
-                outside=table.ends.tolist() if self.domain is None else [],
-                out=CodeParams(buffers["scale"].to(x.device), buffers["offset"].to(x.device)),
+                fired=spikes.sum(1).to(device, torch.int32),
+                ends=table.ends.tolist(),
+                out=CodeParams(buffers["scale"].to(device), buffers["offset"].to(device)),
             )
         return self._ready[key]
 
     @staticmethod
     def _codes(ready: _Ready, x: Tensor) -> tuple[Tensor, Tensor]:
         """`Table.codes` of a flat tensor, without its temporaries: int32, and whole numbers in the dtype of `x`."""
-        i = torch.bucketize(x, ready.edges, right=True, out_int32=True)
+        (low, _), (high, _) = ready.ends
+        cells = ready.owner.numel()
+        cell = torch.sub(x, low).mul_(cells / (high - low)).clamp_(0, cells - 1).to(torch.int32)
+        i = ready.owner.index_select(0, cell)
         start, rate = ready.start.index_select(0, i), ready.rate.index_select(0, i)
         return i, torch.sub(x, start, out=start).mul_(rate).round_().clamp_(0, ready.fired.numel() - 1)
 
@@ -158,22 +170,22 @@ class _Ready(NamedTuple):
     """A table as inputs of one dtype and device use it.
 
     Attributes:
-        edges, start, rate, bias: as in Table.
+        owner: as in Table, int32.
+        start, rate, bias, ends: as in Table.
         weights: `[T, K]`.
         values: value of every code of every segment, `[K * 2^B]`.
         fired: spikes of every code, int32 `[2^B]`.
-        outside: position and slope of the two ends; empty where no input lies beyond them.
         out: parameters of the BSE output.
     """
 
-    edges: Tensor
+    owner: Tensor
     start: Tensor
     rate: Tensor
     values: Tensor
     bias: Tensor
     weights: Tensor
     fired: Tensor
-    outside: list[list[float]]
+    ends: list[list[float]]
     out: CodeParams
 
 

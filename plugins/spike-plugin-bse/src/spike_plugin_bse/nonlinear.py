@@ -62,11 +62,13 @@ class Exp(nn.Module):
         self.codec = Codec(f"{name}.exp", torch.exp2, _inside(options), (0.0, 1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[*S] -> [*S]`; 0 below exp(-100), where float32 has no ordinary number."""
-        z = x.clamp(min=-100.0) * math.log2(math.e)
+        """`[*S] -> [*S]`; 0 below 2^-126, the smallest ordinary number of float32, and limited to below 2^127."""
+        z = torch.mul(x, math.log2(math.e)).clamp(-127.0, 127.0 - 2**-16)
         k = z.detach().floor()
-        y: Tensor = torch.ldexp(self.codec(z - k), k.to(torch.int32))
-        return torch.where(x <= -100.0, torch.zeros_like(y), y)
+        # 2^k by its bits: 0 for k = -127.
+        power = k.to(torch.int32).add_(127).bitwise_left_shift_(23).view(torch.float32)
+        y: Tensor = self.codec(z - k) * power
+        return y
 
 
 class Reciprocal(nn.Module):
