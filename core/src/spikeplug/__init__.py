@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spikeplug.conversion import calibrate, convert, count_spikes, prepare, report, set_execution
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
-    from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe
+    from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe, get_trainer
     from spikeplug.stats import ActivationStats
     from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
@@ -30,7 +30,7 @@ _HOME = {
     "config": ("ConversionConfig",),
     "conversion": ("calibrate", "convert", "count_spikes", "prepare", "report", "set_execution"),
     "errors": ("SpikeplugError",),
-    "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe"),
+    "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
     "coverage": ("ConversionReport",),
     "stats": ("ActivationStats",),
     "types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
@@ -57,6 +57,7 @@ __all__ = [
     "get_neuron",
     "get_pass",
     "get_recipe",
+    "get_trainer",
     "hookimpl",
     "load",
     "prepare",

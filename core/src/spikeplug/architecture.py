@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
+from spikeplug.errors import OptionError
 
 Watch = Callable[[str, int, int | None], None]
 """Follows long work: the stage, how much of it is done, and of how much, where that is known."""
@@ -44,6 +46,12 @@ class Architecture(ABC):
             model(*batch)
         else:
             model(batch)
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
+        """What a trainer lowers, `[]`: the cross-entropy of a batch `(inputs, targets)` of a classifier."""
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise OptionError(f"a training batch is (inputs, targets); got {type(batch).__name__}")
+        return F.cross_entropy(model(batch[0]), batch[1])
 
     @abstractmethod
     def report(self, model: torch.nn.Module) -> ConversionReport:
@@ -85,6 +93,10 @@ class LanguageArchitecture(Architecture):
         Raises:
             SpikeplugError: the text cannot be read or is too short.
         """
+
+    @abstractmethod
+    def windows(self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
+        """Training batches, token ids `[1, seqlen]`: consecutive windows of a text. Raises as `calibration`."""
 
     @abstractmethod
     def perplexity(

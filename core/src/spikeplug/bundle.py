@@ -17,7 +17,7 @@ from torch import nn
 import spikeplug
 from spikeplug import plugins
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion import _config, architecture_of, set_execution
+from spikeplug.conversion import architecture_of, config_of, set_execution
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.site import sites
 
@@ -37,7 +37,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
             cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; its own names would not be found again
-    config, architecture = _config(model), architecture_of(model)
+    config, architecture = config_of(model), architecture_of(model)
     for site in sites(model).values():
         if not site.calibrated:
             raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     package = next(part for part in plugins.registry().names("architecture") if _is(architecture, part))
     try:
         head = {"architecture": package, "config": config.model_dump(mode="json")}
-        _write(target, head, lambda folder: architecture.save(model, folder, **options))
+        write_folder(target, head, lambda folder: architecture.save(model, folder, **options))
     except (OSError, SafetensorError) as error:
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -135,7 +135,11 @@ def verify(folder: Path, files: dict[str, str], only: set[str] | None = None) ->
             raise BundleError(f"{folder / name} was changed or damaged: its SHA-256 is not the manifest's")
 
 
-def _write(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, head: dict[str, Any], fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all, with a manifest: `head`, and the SHA-256 of every file that `fill` makes.
+
+    Raises OSError, and whatever `fill` raises; what was there before is then still there.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last move stays within one file system and is atomic.
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

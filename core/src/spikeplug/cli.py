@@ -234,6 +234,51 @@ def eval_command(
         typer.echo(f"spikes     {result['spikes']['per_token']:,.0f} per token, {result['spikes']['total']:,} in all")
 
 
+@app.command("train")
+def train_command(
+    model: Annotated[str, typer.Argument(help="A folder that `spikeplug convert` wrote.")],
+    text: Annotated[Path, typer.Option(help="Text file to train on.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    trainer: Annotated[str, typer.Option(help="Name of a trainer: `spikeplug ls trainers`.")] = "ste",
+    setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the trainer.")] = [],  # noqa: B006
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    batch: Annotated[int, typer.Option(help="Windows in a batch.")] = 4,
+    tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of the state; default: OUT with .checkpoint.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a converted language model. The same command goes on where a killed one stopped."""
+    import shutil
+
+    import torch
+
+    from spikeplug.bundle import check_writable, save
+
+    built = registry.get_trainer(trainer, **settings(setting))
+    check_writable(out, overwrite=force)
+    _need_file(text)
+    if batch < 1:
+        raise OptionError(f"--batch {batch}: at least 1 is needed")
+    kept = checkpoint or out.with_name(f"{out.name}.checkpoint")
+    architecture = language()
+    opened = architecture.open(model, dtype="auto", device=device)
+    windows = architecture.windows(opened, text, seqlen=seqlen, tokens=tokens)
+    batches = [torch.cat(list(windows[start : start + batch])) for start in range(0, len(windows), batch)]
+    with progress() as watch:
+        losses = built.train(opened.model, batches, checkpoint=kept, watch=watch)
+    save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
+    if checkpoint is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    if as_json:
+        _print_json({"out": str(out), "trainer": str(built), "losses": losses})
+    else:
+        head, tail = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 10) :]
+        typer.echo(f"loss {sum(head) / len(head):.4f} (first tenth) -> {sum(tail) / len(tail):.4f} (last tenth)")
+        typer.echo(f"wrote {out}")
+
+
 def settings(pairs: Sequence[str]) -> dict[str, Any]:
     """Options from `key=value` words: a value is JSON where it is, else text; lists may be written with commas.
 

@@ -102,7 +102,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatc
         CalibrationError: no batch, a site that no batch reached, or statistics that a code cannot be fitted to.
         NonFiniteError: a site saw NaN or infinity; the message names it.
     """
-    config = _config(model)
+    config = config_of(model)
     architecture = architecture_of(model)
     fitting = {name: site for name, site in sites(model).items() if site.static}
     training = {module: module.training for module in model.modules()}
@@ -202,7 +202,8 @@ def report(model: nn.Module) -> ConversionReport:
     return architecture_of(model).report(model)
 
 
-def _config(model: nn.Module) -> ConversionConfig:
+def config_of(model: nn.Module) -> ConversionConfig:
+    """The configuration of a converted model. Raises ConversionError when it is none."""
     config = getattr(model, "spikeplug_config", None)
     if not isinstance(config, ConversionConfig):
         raise ConversionError(f"{type(model).__name__} is no converted model: convert it with spikeplug.convert first")

@@ -47,6 +47,7 @@ FIRST_PARTY = {
     ("neuron", "bse-if"): "spike-plugin-bse",
     ("neuron", "asnc-if"): "spike-plugin-bse",
     ("approximator", "asnc"): "spike-plugin-bse",
+    ("trainer", "ste"): "spike-plugin-bse",
     ("recipe", "bse"): "spike-plugin-bse",
     ("recipe", "laser"): "spike-plugin-bse",
     ("architecture", "transformers"): "spikeplug-transformers",
@@ -237,6 +238,11 @@ def get_approximator(name: str, **options: Any) -> Any:
 def get_pass(name: str, **options: Any) -> Any:
     """A built pass: `get_pass("fold-bn")`. Raises as `get_encoder`."""
     return _instance("pass", name, options)
+
+
+def get_trainer(name: str, **options: Any) -> Any:
+    """A built trainer: `get_trainer("ste", steps=100)`. Raises as `get_encoder`."""
+    return _instance("trainer", name, options)
 
 
 def get_recipe(name: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -197,12 +197,20 @@ class Pass(Protocol):
 
 @runtime_checkable
 class Trainer(Protocol):
-    """Fine-tunes a converted model."""
+    """Fine-tunes a converted model. A frozen dataclass of options."""
 
     name: ClassVar[str]
 
-    def train(self, model: torch.nn.Module, batches: Iterable[Any], **options: Any) -> torch.nn.Module:
-        """Train in place and return the model."""
+    def train(
+        self, model: torch.nn.Module, batches: Sequence[Any], *, checkpoint: Any = None, watch: Any = ...
+    ) -> list[float]:
+        """Train in place and return the loss of every step.
+
+        Args:
+            batches: as `Architecture.loss` takes them.
+            checkpoint: folder to keep the state in, and to go on from where it exists.
+            watch: a `spikeplug.architecture.Watch`.
+        """
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +52,15 @@ class Transformers(LanguageArchitecture):
         given = {name: value.to(model.device) for name, value in given.items() if isinstance(value, Tensor)}
         model(**given, use_cache=False)
 
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """Mean negative log-likelihood of the next token, over a batch of token ids `[B, S]`."""
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.shape[1] < 2:
+            found = f"shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+            raise OptionError(f"a training batch is token ids [B, S], S at least 2; got {found}")
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
     def report(self, model: Any) -> ConversionReport:
         return family_report(model, model.spikeplug_config.recipe)
 
@@ -75,6 +85,9 @@ class Transformers(LanguageArchitecture):
 
     def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
         return text.calibration(text.tokenize(opened, path)[0], seqlen, tokens)
+
+    def windows(self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
+        return text.windows(text.tokenize(opened, path)[0], seqlen, tokens)
 
     def perplexity(
         self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None, watch: Watch = unwatched

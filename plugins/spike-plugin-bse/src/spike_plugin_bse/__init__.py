@@ -23,5 +23,10 @@ def spikeplug_approximators() -> dict[str, str]:
 
 
 @hookimpl
+def spikeplug_trainers() -> dict[str, str]:
+    return {"ste": "spike_plugin_bse.ste:STE"}
+
+
+@hookimpl
 def spikeplug_recipes() -> dict[str, str]:
     return {"bse": "spike_plugin_bse.recipe:BSE_RECIPE", "laser": "spike_plugin_bse.recipe:LASER"}
