@@ -90,26 +90,41 @@ class Reservoir:
 
     def __init__(self, keep: int, generator: torch.Generator) -> None:
         self.keep = keep
-        self.rows = torch.empty(0)
-        self._keys = torch.empty(0)
+        self._rows = self._keys = torch.empty(0)
+        self._limit = 1.0  # rows with a key above it are not kept
         self._generator = generator
 
     def add(self, rows: Tensor) -> None:
         """Add rows `[R, C]` of the stream."""
-        keys = torch.rand(rows.shape[0], generator=self._generator)
-        if self._keys.numel() == self.keep:
-            fresh = (keys < self._keys.max()).nonzero().squeeze(1)
-            rows, keys = rows[fresh.to(rows.device)], keys[fresh]
-        elif keys.numel() > self.keep:
-            keys, chosen = torch.topk(keys, self.keep, largest=False, sorted=False)
-            rows = rows[chosen.to(rows.device)]
-        new = rows.float().cpu()
-        if self._keys.numel():
-            new, keys = torch.cat([self.rows, new]), torch.cat([self._keys, keys])
-        if keys.numel() > self.keep:
-            keys, chosen = torch.topk(keys, self.keep, largest=False, sorted=False)
-            new = new[chosen]
-        self._keys, self.rows = keys, new.clone()
+        count = rows.shape[0]
+        # Of so many rows at least `keep` have a key below this, as good as surely.
+        self._limit = min(self._limit, 2 * (self.keep + 32) / count)
+        if self._limit < 0.5:
+            # How many rows have a key below the limit is drawn, and then which, so that the others cost nothing.
+            trials = torch.tensor(float(count), dtype=torch.float64)
+            entering = int(torch.binomial(trials, torch.full_like(trials, self._limit), generator=self._generator))
+            chosen = torch.unique(torch.randint(count, (entering,), generator=self._generator))
+            keys = torch.rand(chosen.numel(), generator=self._generator) * self._limit
+        else:
+            keys = torch.rand(count, generator=self._generator)
+            chosen = (keys < self._limit).nonzero().squeeze(1)
+            keys = keys[chosen]
+        new = rows[chosen.to(rows.device)].float().cpu()
+        self._rows = torch.cat([self._rows, new]) if self._keys.numel() else new
+        self._keys = torch.cat([self._keys, keys])
+        if self._keys.numel() > 4 * self.keep:
+            self._prune()
+
+    @property
+    def rows(self) -> Tensor:
+        """The sample."""
+        self._prune()
+        return self._rows
+
+    def _prune(self) -> None:
+        if self._keys.numel() >= self.keep:
+            self._keys, chosen = torch.topk(self._keys, self.keep, largest=False, sorted=False)
+            self._rows, self._limit = self._rows[chosen], float(self._keys.max())
 
 
 class Observer:

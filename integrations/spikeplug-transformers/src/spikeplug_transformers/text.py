@@ -44,7 +44,7 @@ def tokenize(opened: Opened, text: Path) -> tuple[Tensor, dict[str, Any]]:
     return ids, {
         "text": text.name,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "tokenizer": f"{type(tokenizer).__name__} ({getattr(tokenizer, 'name_or_path', '') or '?'})",
+        "tokenizer": f"{type(tokenizer).__name__} ({Path(getattr(tokenizer, 'name_or_path', '') or '?').name})",
         "bos": starts,
     }
 
