@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "core/README.md", "plugins/spike-plugin-bse/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "core/README.md",
+    "plugins/spike-plugin-bse/README.md",
+    "plugins/spike-plugin-phase/README.md",
+]
 BIN = Path(sys.executable).parent
 
 

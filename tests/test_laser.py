@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -48,6 +51,20 @@ def test_reload_is_bit_equal_and_generates_the_same(build, ids, tmp_path, family
         assert torch.equal(loaded(ids).logits, logits)
         assert torch.equal(loaded.generate(ids, max_new_tokens=8, do_sample=False), tokens)
         assert spikeplug.report(loaded) == spikeplug.report(model)
+
+
+@pytest.mark.parametrize("recipe", ["bse", "laser", "mgpc"])
+def test_reload_in_a_process_of_its_own_is_bit_equal(build, ids, tmp_path, recipe):
+    model = spikeplug.convert(build(), recipe, calibration=[ids])
+    spikeplug.save(model, tmp_path / "model")
+    torch.save((ids, model(ids).logits), tmp_path / "logits.pt")
+    code = f"""
+import spikeplug, torch
+ids, logits = torch.load({str(tmp_path / "logits.pt")!r})
+assert torch.equal(spikeplug.load({str(tmp_path / "model")!r})(ids).logits, logits)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_second_door_equals_the_first(dense_folder, spiking, ids):

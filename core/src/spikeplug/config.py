@@ -24,6 +24,7 @@ class ConversionConfig(pydantic.BaseModel):
         version: version of this format.
         recipe: the recipe it came from.
         encoder, encoder_options: the code of every site.
+        overrides: pattern, as of `include` -> options of the encoder that differ there.
         neuron, neuron_options: the dynamics that make its spikes in stepped execution; None: the code's own `encode`.
         neuron_follows: neuron option -> the encoder option that it takes its value from.
         passes: rewrites applied before the conversion, in order.
@@ -43,6 +44,7 @@ class ConversionConfig(pydantic.BaseModel):
     recipe: str
     encoder: str
     encoder_options: dict[str, Any] = {}
+    overrides: dict[str, dict[str, Any]] = {}
     neuron: str | None = None
     neuron_options: dict[str, Any] = {}
     neuron_follows: dict[str, str] = {}
@@ -101,7 +103,13 @@ class ConversionConfig(pydantic.BaseModel):
         same = own.get("encoder", preset["encoder"]) == preset["encoder"]
         if not same:
             # Options and neuron of the recipe's code mean nothing to another.
-            preset |= {"encoder_options": {}, "neuron": None, "neuron_options": {}, "neuron_follows": {}}
+            preset |= {
+                "encoder_options": {},
+                "overrides": {},
+                "neuron": None,
+                "neuron_options": {},
+                "neuron_follows": {},
+            }
         if own.get("neuron", preset["neuron"]) != preset["neuron"]:
             preset |= {"neuron_options": {}, "neuron_follows": {}}
         config = cls.parse({**preset, **own})
@@ -126,19 +134,28 @@ class ConversionConfig(pydantic.BaseModel):
             update={"encoder_options": encoder_options, "approximator_options": approximator_options}
         )
         config.build()
+        for pattern in config.overrides:
+            config._built(config.overrides[pattern])
         config.build_approximators()
         return config
 
-    def build(self) -> tuple[Encoder, Neuron | None]:
-        """The encoder and the neuron. Checks the names of the passes on the way.
+    def build(self, name: str = "", *labels: str) -> tuple[Encoder, Neuron | None]:
+        """The encoder and the neuron of the place of that name, kind and subsystem. Checks the names of the passes.
 
         Raises:
             UnknownNameError: as `resolve`.
             OptionError: as `resolve`; or the neuron does not fire the spikes of the code.
         """
-        for name in self.passes:
-            plugins.registry().find("pass", name)
-        encoder = plugins.get_encoder(self.encoder, **self.encoder_options)
+        for each in self.passes:
+            plugins.registry().find("pass", each)
+        differing: dict[str, Any] = {}
+        for pattern, options in self.overrides.items():
+            if _matches((pattern,), name, labels):
+                differing |= options
+        return self._built(differing)
+
+    def _built(self, differing: Mapping[str, Any]) -> tuple[Encoder, Neuron | None]:
+        encoder = plugins.get_encoder(self.encoder, **{**self.encoder_options, **differing})
         if self.neuron is None:
             return encoder, None
         followed = {key: getattr(encoder, option) for key, option in self.neuron_follows.items()}
@@ -177,7 +194,8 @@ class ConversionConfig(pydantic.BaseModel):
             OptionError: the message says the nearest name, kind or subsystem.
         """
         words = {label for labels in names.values() for label in labels}
-        for key, patterns in {"include": self.include, "exclude": self.exclude}.items():
+        given = {"include": self.include, "exclude": self.exclude, "overrides": tuple(self.overrides)}
+        for key, patterns in given.items():
             for pattern in patterns:
                 if pattern != "*" and not any(_matches((pattern,), name, labels) for name, labels in names.items()):
                     raise OptionError(
@@ -207,6 +225,7 @@ def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
         "recipe": preset.name,
         "encoder": preset.encoder,
         "encoder_options": dict(preset.encoder_options),
+        "overrides": {pattern: dict(options) for pattern, options in preset.overrides.items()},
         "neuron": preset.neuron,
         "neuron_follows": dict(preset.neuron_options),
         "passes": preset.passes,
@@ -219,14 +238,17 @@ def _as_recipe(recipe: str | Recipe | ConversionConfig) -> dict[str, Any]:
 @functools.lru_cache(maxsize=64)
 def _check_pair(encoder: Encoder, neuron: Neuron) -> None:
     """Refuse a neuron that does not fire what the code encodes: stepped execution would be silently wrong."""
-    x = torch.linspace(-1, 1, 33)
-    unit = CodeParams(torch.ones(()), torch.zeros(()))
-    p = encoder.fit(ActivationStats.of(x)) if encoder.static else encoder.params(x, unit)
-    try:
-        fired = torch.stack(list(neuron.stream(encoder.drive(x, p)))).to(x.dtype)
-    except NotImplementedError as error:
-        raise OptionError(f"neuron='{neuron.name}': {error}") from None
-    if not torch.equal(fired, encoder.encode(x, p)):
+    # Models are built on the meta device, where nothing could be compared.
+    with torch.device("cpu"):
+        x = torch.linspace(-1, 1, 33)
+        unit = CodeParams(torch.ones(()), torch.zeros(()))
+        p = encoder.fit(ActivationStats.of(x)) if encoder.static else encoder.params(x, unit)
+        try:
+            fired = torch.stack(list(neuron.bind(p).stream(encoder.drive(x, p)))).to(x.dtype)
+        except NotImplementedError as error:
+            raise OptionError(f"neuron='{neuron.name}': {error}") from None
+        same = torch.equal(fired, encoder.encode(x, p))
+    if not same:
         raise OptionError(f"neuron='{neuron.name}': {neuron} does not fire the spikes of {encoder}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
 from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
-from spikeplug.stats import Observer
+from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
 
 
@@ -102,46 +102,73 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatc
         CalibrationError: no batch, a site that no batch reached, or statistics that a code cannot be fitted to.
         NonFiniteError: a site saw NaN or infinity; the message names it.
     """
-    config = config_of(model)
-    architecture = architecture_of(model)
-    fitting = {name: site for name, site in sites(model).items() if site.static}
+    for site in sites(model).values():
+        if site.static and not site.observes:
+            site.set_params({name: tensor.to(_device(model)) for name, tensor in site.fit(None).items()})
+    observed = observe(model, batches, watch=watch)
+    found = sites(model)
+    for name, params in _fit({name: found[name] for name in observed}, observed, watch).items():
+        found[name].set_params(params)
+    return model
+
+
+def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatched) -> dict[str, ActivationStats]:
+    """Run batches through a converted model as if it were dense, and return what every site saw, by its name.
+
+    Raises:
+        CalibrationError: no batch, or a site that no batch reached.
+        NonFiniteError: a site saw NaN or infinity; the message names it.
+    """
+    config, architecture = config_of(model), architecture_of(model)
+    observing = {name: site for name, site in sites(model).items() if site.static and site.observes}
     training = {module: module.training for module in model.modules()}
     model.eval()
-    for seed, site in enumerate(fitting.values()):
-        if not site.observes:
-            site.set_params({name: tensor.to(_device(model)) for name, tensor in site.fit(None).items()})
-        else:
-            site.observer = Observer(site.channels, config.samples, seed)
+    for seed, site in enumerate(observing.values()):
+        site.observer = Observer(site.channels, config.samples, seed)
     try:
         with torch.no_grad():
             for index, batch in enumerate(batches):
                 watch("calibrating", index, len(batches) if isinstance(batches, Sized) else None)
                 architecture.feed(model, batch)
-            fitted = {}
-            observers = {name: site.observer for name, site in fitting.items() if site.observer is not None}
-            for index, (name, observer) in enumerate(observers.items()):
-                watch("fitting", index, len(observers))
-                fitted[name] = _fit(fitting[name], observer)
+        return {name: _stats(site) for name, site in observing.items()}
     finally:
         for module, mode in training.items():
             module.training = mode
-        for site in fitting.values():
+        for site in observing.values():
             site.observer = None
             site.forget()
-    for name, params in fitted.items():
-        fitting[name].set_params(params)
-    return model
+
+
+def _stats(site: Coder) -> ActivationStats:
+    assert site.observer is not None
+    try:
+        return site.observer.stats()
+    except CalibrationError as error:
+        raise CalibrationError(f"site '{site.name}': {error}") from None
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _fit(site: Coder, observer: Observer) -> Mapping[str, Tensor]:
-    try:
-        return {name: tensor.to(observer.device) for name, tensor in site.fit(observer.stats()).items()}
-    except CalibrationError as error:
-        raise CalibrationError(f"site '{site.name}': {error}") from None
+def _fit(
+    coders: dict[str, Coder], observed: dict[str, ActivationStats], watch: Watch
+) -> dict[str, Mapping[str, Tensor]]:
+    """Parameters by name, on the device of what was observed; coders of one `batch` are fitted together."""
+    batches: dict[Hashable, list[str]] = {}
+    for name, coder in coders.items():
+        batches.setdefault(coder.batch, []).append(name)
+    fitted: dict[str, Mapping[str, Tensor]] = {}
+    for names in batches.values():
+        watch("fitting", len(fitted), len(coders))
+        together = [coders[name] for name in names]
+        try:
+            found = together[0].fit_all(together, [observed[name] for name in names])
+        except CalibrationError as error:
+            raise CalibrationError(f"site '{together[error.index or 0].name}': {error}") from None
+        for name, tensors in zip(names, found, strict=True):
+            fitted[name] = {key: tensor.to(observed[name].device) for key, tensor in tensors.items()}
+    return fitted
 
 
 def set_execution(model: nn.Module, execution: Execution) -> nn.Module:

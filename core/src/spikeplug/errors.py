@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class SpikeplugError(Exception):
@@ -29,6 +30,9 @@ class NonFiniteError(SpikeplugError, ValueError):
 class CalibrationError(SpikeplugError):
     """A site has no scale yet, or its calibration data cannot give one."""
 
+    index: int | None = None
+    """Which of several sites it is about, where they are fitted together."""
+
 
 class ConversionError(SpikeplugError):
     """A model cannot be converted as asked."""
@@ -36,6 +40,16 @@ class ConversionError(SpikeplugError):
 
 class BundleError(SpikeplugError):
     """A saved model cannot be read or written."""
+
+
+@contextlib.contextmanager
+def indexed(index: int) -> Iterator[None]:
+    """Put the place of a site among several into a CalibrationError."""
+    try:
+        yield
+    except CalibrationError as error:
+        error.index = index
+        raise
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

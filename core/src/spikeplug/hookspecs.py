@@ -32,7 +32,7 @@ def spikeplug_neurons() -> dict[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def spikeplug_approximators() -> dict[str, str]:  # type: ignore[empty-body]
-    """Approximators of nonlinear operations: classes with `build(op, original, name)`, as `spikeplug.types.Approximator`."""
+    """Approximators of nonlinear operations: classes with `build(op, original, name)`, as `types.Approximator`."""
 
 
 @hookspec

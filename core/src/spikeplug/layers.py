@@ -55,7 +55,7 @@ class SpikingLayer(nn.Module):
         # A scale that all inputs of a sum share leaves the sum; any other scales the spikes themselves.
         shared = scale.numel() == 1 or (weight.ndim == 2 and scale.shape[-1] == 1)
         y = torch.zeros((), dtype=dtype, device=x.device)
-        for d, s in zip(self.source.encoder.weights().tolist(), spikes, strict=True):
+        for d, s in zip(self.source.encoder.weights(p).tolist(), spikes, strict=True):
             s = s.to(dtype) if shared else s.to(dtype) * scale
             y = y + d * self.synapse(s, weight, None)
         y = y * scale if shared else y

@@ -71,9 +71,9 @@ class ModuleTree(Architecture):
                 )
         folded = [name for each in config.passes for name in plugins.get_pass(each).apply(model)]
         replaced = approximate(model, config, ops)
-        encoder, neuron = config.build()
         for name, module in list(model.named_modules()):
             if name in names and not config.excludes(name, "input"):
+                encoder, neuron = config.build(name, "input")
                 make_spiking(module, Site(name, "input", encoder, neuron, channels_of(module)))
         model.spikeplug_folded = folded  # type: ignore[assignment]
         model.spikeplug_approximated = replaced  # type: ignore[assignment]

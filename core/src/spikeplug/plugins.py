@@ -50,6 +50,13 @@ FIRST_PARTY = {
     ("trainer", "ste"): "spike-plugin-bse",
     ("recipe", "bse"): "spike-plugin-bse",
     ("recipe", "laser"): "spike-plugin-bse",
+    ("encoder", "phase"): "spike-plugin-phase",
+    ("neuron", "phase-if"): "spike-plugin-phase",
+    ("trainer", "mgpc"): "spike-plugin-phase",
+    **{
+        ("recipe", name): "spike-plugin-phase"
+        for name in ("las", "base2-round", "phase", "mgpc", "single-spike", "two-spike")
+    },
     ("architecture", "transformers"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
 }

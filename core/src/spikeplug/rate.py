@@ -43,7 +43,7 @@ class Rate(Encoder):
         check_steps(self.steps, MAX_STEPS)
         check_percentile(self.percentile)
 
-    def weights(self) -> Tensor:
+    def weights(self, p: CodeParams) -> Tensor:
         return torch.ones(self.steps, dtype=torch.float64)
 
     def fit(self, stats: ActivationStats) -> CodeParams:

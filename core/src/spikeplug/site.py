@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError
+from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, indexed
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 
@@ -73,6 +73,23 @@ class Coder(nn.Module):
             CalibrationError: none can be found for them.
         """
         raise NotImplementedError
+
+    def fit_all(self, coders: Sequence[Any], stats: Sequence[ActivationStats]) -> list[Mapping[str, Tensor]]:
+        """Parameters of several coders of this one's `batch`, itself among them; by default one after the other.
+
+        Raises:
+            CalibrationError: as `fit`; its `index` says for which of them.
+        """
+        found = []
+        for index, (coder, each) in enumerate(zip(coders, stats, strict=True)):
+            with indexed(index):
+                found.append(coder.fit(each))
+        return found
+
+    @property
+    def batch(self) -> Hashable:
+        """Coders of equal `batch` are fitted together."""
+        return id(self)
 
     @property
     def calibrated(self) -> bool:
@@ -155,6 +172,13 @@ class Site(Coder):
         assert stats is not None
         return self.encoder.fit(stats).tensors()
 
+    def fit_all(self, coders: Sequence[Any], stats: Sequence[ActivationStats]) -> list[Mapping[str, Tensor]]:
+        return [p.tensors() for p in self.encoder.fit_all(stats)]
+
+    @property
+    def batch(self) -> Hashable:
+        return self.encoder
+
     def forget(self) -> None:
         """Drop what is kept of the last activation for the other layers that read it."""
         self._memo = self._read = None
@@ -213,7 +237,7 @@ class Site(Coder):
     def _stream(self, x: Tensor, p: CodeParams, new: slice | None) -> Iterator[Tensor]:
         """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
         neuron, encoder, counted = self.neuron, self.encoder, self._first_reader(x)
-        spikes = encoder.encode(x, p) if neuron is None else neuron.stream(encoder.drive(x, p))
+        spikes = encoder.encode(x, p) if neuron is None else neuron.bind(p).stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
             if counted and self.counters:
                 fresh = _fresh(s, new)
@@ -229,7 +253,7 @@ class Site(Coder):
 
     def _decoded(self, x: Tensor, p: CodeParams, new: slice | None) -> Tensor:
         total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
-        for weight, s in zip(self.encoder.weights().tolist(), self._stream(x, p, new), strict=True):
+        for weight, s in zip(self.encoder.weights(p).tolist(), self._stream(x, p, new), strict=True):
             total.add_(s, alpha=weight)
         return self.encoder.scaled(total, p).to(x.dtype)
 

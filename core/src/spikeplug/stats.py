@@ -44,6 +44,7 @@ class ActivationStats:
         values: a uniform sample of all values seen, `[V]`.
         rows: a uniform sample of positions with all their C channels, `[R, C]`; R is small where C is large.
         count: number of values seen.
+        device: where they were.
     """
 
     low: Tensor
@@ -51,6 +52,7 @@ class ActivationStats:
     values: Tensor
     rows: Tensor
     count: int
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def of(cls, x: Tensor, channels: tuple[int, ...] = (-1,)) -> ActivationStats:
@@ -182,7 +184,8 @@ class Observer:
         """
         if self._shape is None:
             raise CalibrationError("no activation was seen: give at least one calibration batch that reaches it")
-        return ActivationStats(self._low, self._high, self._values.rows.squeeze(1), self._rows.rows, self.count)
+        values = self._values.rows.squeeze(1)
+        return ActivationStats(self._low, self._high, values, self._rows.rows, self.count, self.device)
 
     def _by_row(self, x: Tensor) -> Tensor:
         if x.ndim == 0:

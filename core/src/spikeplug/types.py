@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from spikeplug.errors import indexed
+
 if TYPE_CHECKING:
     from spikeplug.stats import ActivationStats
 
@@ -68,8 +70,8 @@ class Encoder(ABC):
         return True
 
     @abstractmethod
-    def weights(self) -> Tensor:
-        """Decode weights d(t), float64 `[T]`."""
+    def weights(self, p: CodeParams) -> Tensor:
+        """Decode weights d(t), float64 `[T]`; of the code, or what was learned for these parameters."""
 
     @abstractmethod
     def fit(self, stats: ActivationStats) -> CodeParams:
@@ -78,6 +80,18 @@ class Encoder(ABC):
         Raises:
             CalibrationError: no parameters can be found for them.
         """
+
+    def fit_all(self, stats: Sequence[ActivationStats]) -> list[CodeParams]:
+        """Parameters of many sites, for a code that learns them together; by default one after the other.
+
+        Raises:
+            CalibrationError: as `fit`; its `index` says for which of them.
+        """
+        found = []
+        for index, each in enumerate(stats):
+            with indexed(index):
+                found.append(self.fit(each))
+        return found
 
     @abstractmethod
     def encode(self, x: Tensor, p: CodeParams) -> Tensor:
@@ -90,7 +104,7 @@ class Encoder(ABC):
     def decode(self, s: Tensor, p: CodeParams) -> Tensor:
         """Value of a window: `scale * sum_t d(t) s(t) + offset`, `[T, *S] -> [*S]`, in the dtype of `s`."""
         dtype = torch.promote_types(s.dtype, p.scale.dtype)
-        total = torch.tensordot(self.weights().to(s.device, dtype), s.to(dtype), dims=1)
+        total = torch.tensordot(self.weights(p).to(s.device, dtype), s.to(dtype), dims=1)
         return self.scaled(total, p).to(s.dtype)
 
     def scaled(self, total: Tensor, p: CodeParams) -> Tensor:
@@ -135,6 +149,10 @@ class Neuron(ABC):
     name: ClassVar[str]
     latency: int = 0
     """Silent steps: the spike that answers step t comes at step t + latency."""
+
+    def bind(self, p: CodeParams) -> Neuron:
+        """The neuron as it is at a site with these parameters: itself, unless some of them are its own."""
+        return self
 
     @abstractmethod
     def init(self, x: Tensor) -> State:
@@ -242,6 +260,8 @@ class Recipe:
     encoder: str
     neuron: str | None = None
     encoder_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Pattern of names, kinds or subsystems -> encoder options that differ there."""
     neuron_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Neuron option -> the encoder option that it takes its value from."""
     passes: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ class EncoderConformance(Guarded):
     def test_window_has_the_declared_steps(self, encoder: Encoder, params: CodeParams) -> None:
         x = activations()
         s = encoder.encode(x, params)
-        assert encoder.weights().shape == (encoder.steps,)
+        assert encoder.weights(params).shape == (encoder.steps,)
         assert s.shape == (encoder.steps, *x.shape)
         assert s.dtype == x.dtype
 
@@ -149,7 +149,7 @@ class EncoderConformance(Guarded):
             pytest.skip("no neuron was given: spikes come from `encode`")
         for dtype in DTYPES:
             x = activations(dtype)
-            fired = torch.stack(list(neuron.stream(encoder.drive(x, params))))
+            fired = torch.stack(list(neuron.bind(params).stream(encoder.drive(x, params))))
             assert torch.equal(fired.to(dtype), encoder.encode(x, params)), dtype
 
     def test_count_equals_the_spikes_made(self, encoder: Encoder, params: CodeParams) -> None:

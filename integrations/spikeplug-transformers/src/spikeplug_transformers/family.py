@@ -14,7 +14,6 @@ from spikeplug.errors import ConversionError, listed
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
 from spikeplug.nonlinear import approximate, labels_of, within
 from spikeplug.site import Coder, Site
-from spikeplug.types import Encoder, Neuron
 
 from .attention import OPERANDS, Softmax, refuse_other_attention
 
@@ -104,9 +103,8 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     labels = {name: labels_of(op) for name, op in ops.items()}
     config.check_patterns({**{name: (kind, subsystem(name, kind)) for name, kind in names.items()}, **labels})
     modules = dict(model.named_modules())
-    encoder, neuron = config.build()
     for place in found:
-        _fill(place, config, modules, encoder, neuron)
+        _fill(place, config, modules)
     for _, block in attention_blocks(model):
         block.softmax = Softmax()
     model.spikeplug_approximated = approximate(model, config, ops)  # type: ignore[assignment]
@@ -141,15 +139,15 @@ def needs_our_attention(config: ConversionConfig) -> bool:
     return not excluded and not set(config.include) <= ELSEWHERE
 
 
-def _fill(
-    place: Place, config: ConversionConfig, modules: dict[str, nn.Module], encoder: Encoder, neuron: Neuron | None
-) -> None:
-    readers = [name for name in place.readers if not config.excludes(name, place.kind, subsystem(name, place.kind))]
+def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module]) -> None:
+    labels = (place.kind, subsystem(place.name, place.kind))
+    encoder, neuron = config.build(place.name, *labels)
+    readers = [name for name in place.readers if not config.excludes(name, *labels)]
     if place.readers and readers:
         site = Site(readers[0], place.kind, encoder, neuron, consumers=len(readers))
         for reader in readers:
             make_spiking(modules[reader], site, owner=reader == readers[0])
-    elif not place.readers and not config.excludes(place.name, place.kind, subsystem(place.name, place.kind)):
+    elif not place.readers and not config.excludes(place.name, *labels):
         if place.kind == "embedding":
             place.module.__class__ = CodedEmbedding
             place.module.site = Site(place.name, place.kind, encoder, neuron)

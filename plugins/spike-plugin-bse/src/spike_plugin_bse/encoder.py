@@ -75,7 +75,7 @@ class BSE(Encoder):
         """What the code computes in, at the least."""
         return torch.float32 if self.steps <= FLOAT32_STEPS else torch.float64
 
-    def weights(self) -> Tensor:
+    def weights(self, p: CodeParams) -> Tensor:
         return torch.tensor([2.0 ** (self.steps - 1 - t) for t in range(self.steps)], dtype=torch.float64)
 
     def fit(self, stats: ActivationStats) -> CodeParams:

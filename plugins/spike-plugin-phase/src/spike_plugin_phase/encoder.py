@@ -1,0 +1,222 @@
+"""Phase coding: a spike at step t is worth d(t), a power of a base; thresholds and resets may differ from it.
+
+Sources: multi-granularity phase coding (MGPC), Eq. 1-3 and 7-8; LAS, `θ = h = d = τ 2^-t`; SpikedAttention, at most one
+or two spikes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from spikeplug.errors import CalibrationError, OptionError
+from spikeplug.rate import check_percentile, check_steps
+from spikeplug.stats import ActivationStats, require_finite
+from spikeplug.types import CodeParams, Encoder, straight_through
+
+MAX_STEPS = 16
+CHOICES = {"rounding": ("nearest", "floor"), "clip": ("none", "mse"), "allocation": ("even", "search")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase(Encoder):
+    """Sign and magnitude: `v = |x| / scale`; at step t the neuron fires where `v >= θ(t)`, then `v -= h(t)` (Eq. 8).
+
+    The value is `sign(x) * scale * sum_t d(t) s(t)`. Potential, thresholds and resets are whole multiples of
+    `2^-fraction`, decode weights of `2^-22`: every sum is exact in float32, so fused and stepped give the same.
+
+    Args:
+        steps: T, 1 to 16.
+        grains: number of bases of d(t). 0: base 2, nothing is learned; from 1 on bases, thresholds and resets are
+            learned by Algorithm 1 from the rounding neuron on, which the result is never worse than.
+        rounding: how the neuron that is not learned, or that learning starts from, rounds: `floor` has `θ = h = d`;
+            `nearest` fires half of the last step's worth earlier.
+        spikes: largest number of spikes in a window, 1 or 2; 0: any.
+        percentile: share of the calibration values, in percent, whose magnitude the scale covers.
+        clip: `none`, or `mse`: the scale is the share of that magnitude, 0.3 to 1, with the least squared error.
+        rounds, inner_neuron, inner_bases: N, N1 and N2 of Algorithm 1.
+        lr_neuron, lr_bases: η1 and η2, in units of the last step's worth.
+        samples: calibration values that are learned from.
+        allocation: which steps have which base: `even`, as even as can be; or `search` (Algorithm 2).
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    steps: int = 8
+    grains: int = 0
+    rounding: str = "nearest"
+    spikes: int = 0
+    percentile: float = 100.0
+    clip: str = "none"
+    rounds: int = 16
+    inner_neuron: int = 5
+    inner_bases: int = 5
+    lr_neuron: float = 0.3
+    lr_bases: float = 0.3
+    samples: int = 10000
+    allocation: str = "even"
+
+    name: ClassVar[str] = "phase"
+    signed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, MAX_STEPS)
+        check_percentile(self.percentile)
+        if not 0 <= self.grains <= self.steps:
+            raise OptionError(f"grains={self.grains}: a whole number from 0 to steps={self.steps} is needed")
+        for option, choices in CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise OptionError(f"{option}='{getattr(self, option)}': choose one of {', '.join(choices)}")
+        if self.spikes not in (0, 1, 2):
+            raise OptionError(f"spikes={self.spikes}: 1, 2, or 0 for any number is needed")
+        if self.spikes and self.grains:
+            raise OptionError(
+                f"spikes={self.spikes} with grains={self.grains}: a learned code fires any number of spikes"
+            )
+        for option in ("rounds", "inner_neuron", "inner_bases", "samples"):
+            if getattr(self, option) < 1:
+                raise OptionError(f"{option}={getattr(self, option)}: at least 1 is needed")
+        for option in ("lr_neuron", "lr_bases"):
+            if not 0 < getattr(self, option) < float("inf"):
+                raise OptionError(f"{option}={getattr(self, option)}: a positive number is needed")
+
+    @property
+    def fraction(self) -> int:
+        """Bits of the potential behind the point: six more than the steps, so that a threshold has room to learn."""
+        return self.steps + 6
+
+    def weights(self, p: CodeParams) -> Tensor:
+        return p.extra["weight"].double()
+
+    def fit(self, stats: ActivationStats) -> CodeParams:
+        return self.fit_all([stats])[0]
+
+    def fit_all(self, stats: Sequence[ActivationStats]) -> list[CodeParams]:
+        if not self.grains:
+            return [self.params_of(self.scale_for(each), *self.start()) for each in stats]
+        from .trainer import learn_all
+
+        return learn_all(self, stats)[0]
+
+    def start(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thresholds, resets and decode weights of the neuron that nothing was learned for, float64 `[T]`."""
+        d = 2.0 ** -torch.arange(1, self.steps + 1, dtype=torch.float64)
+        return (d - d[-1] / 2 if self.rounding == "nearest" else d.clone()), d.clone(), d
+
+    def scale_for(self, stats: ActivationStats) -> Tensor:
+        """The magnitude that v = 1 stands for."""
+        low, high = stats.limits(self.percentile)
+        largest = torch.maximum(low.abs(), high.abs()).double()
+        if largest == 0:
+            # A site that only ever carries zero: any scale represents it.
+            return torch.ones((), dtype=torch.float64)
+        # All spikes together are worth a little less than 1.
+        if self.rounding == "nearest":
+            largest = largest / (1 - 2.0**-self.steps)
+        return self._searched(stats.values.double().abs(), largest) if self.clip == "mse" else largest
+
+    def _searched(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
+        plain = dataclasses.replace(self, grains=0)
+        best, chosen = float("inf"), largest
+        for share in torch.linspace(0.3, 1, 36, dtype=torch.float64):
+            p = plain.params_of(largest * share, *plain.start())
+            error = float((plain.fused(magnitudes, p) - magnitudes).square().mean())
+            if error < best:
+                best, chosen = error, largest * share
+        return chosen
+
+    def params_of(self, scale: Tensor, threshold: Tensor, reset: Tensor, weight: Tensor) -> CodeParams:
+        """Parameters with everything put on its grid.
+
+        Raises:
+            CalibrationError: the scale is no ordinary number of float32.
+        """
+        scale = scale.to(torch.float32)
+        if not bool(torch.isfinite(scale)) or scale < torch.finfo(torch.float32).tiny:
+            raise CalibrationError(f"the largest magnitude {float(scale):g} has no float32 scale")
+        unit = 2.0**self.fraction
+        extra = {
+            "threshold": torch.round(threshold * unit).to(torch.int32).clamp(min=1),
+            "reset": torch.round(reset * unit).to(torch.int32),
+            "weight": (torch.round(weight * 2.0**22) / 2.0**22).to(torch.float32),
+        }
+        return CodeParams(scale, torch.zeros_like(scale), extra)
+
+    def potential(self, x: Tensor, p: CodeParams) -> Tensor:
+        """v(1) of `x`, in units of `2^-fraction`: whole numbers `[*S]` in the dtype of computation."""
+        require_finite(x)
+        dtype = torch.promote_types(x.dtype, p.scale.dtype)
+        unit = 2.0**self.fraction
+        return x.abs().to(dtype).mul_(unit / p.scale.to(dtype)).floor_().clamp_(max=unit)
+
+    def drive(self, x: Tensor, p: CodeParams) -> Iterator[Tensor]:
+        # One impulse at t = 0 with the sign of x (Eq. 1).
+        v = self.potential(x, p) * torch.sign(x)
+        silence = torch.zeros_like(v)
+        for t in range(self.steps):
+            yield v if t == 0 else silence
+
+    def encode(self, x: Tensor, p: CodeParams) -> Tensor:
+        spikes = self._tables(p)[1][:, self.potential(x, p).to(torch.int64)]
+        return (spikes.to(x.dtype) * torch.sign(x)).to(x.dtype)
+
+    def fused(self, x: Tensor, p: CodeParams) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            v = self.potential(x, p)
+            total = self._tables(p)[0].index_select(0, v.to(torch.int32).reshape(-1)).reshape(x.shape).to(v.dtype)
+            return self.scaled(total.copysign_(x), p).to(x.dtype)
+
+        return straight_through(x, value)
+
+    def count(self, x: Tensor, p: CodeParams) -> Tensor:
+        fired = self._tables(p)[2]
+        return fired.index_select(0, self.potential(x, p).to(torch.int32).reshape(-1)).reshape(x.shape)
+
+    def span(self, p: CodeParams) -> tuple[Tensor, Tensor]:
+        top = self._tables(p)[0].max() * p.scale
+        return -top, top
+
+    def error_bound(self, p: CodeParams) -> Tensor:
+        values = self._tables(p)[0].double()
+        # Between two whole potentials the value stays that of the lower one.
+        v = torch.arange(values.numel(), device=values.device) / 2.0**self.fraction
+        inside = v <= values.max()
+        worst = torch.maximum((values - v).abs(), (values - v - 2.0**-self.fraction).abs())
+        return (worst[inside].max() * p.scale).to(p.scale.dtype)
+
+    def _tables(self, p: CodeParams) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every potential 0 .. 2^fraction: value float32 `[V]`, spikes int8 `[T, V]`, their number int32 `[V]`."""
+        weight = p.extra["weight"]
+        kept = _TABLES.get(weight)  # type: ignore[no-untyped-call]
+        key = (self.spikes, *(tensor._version for tensor in p.extra.values()))
+        if kept is None or kept[0] != key:
+            v = torch.arange(2**self.fraction + 1, dtype=torch.int32, device=weight.device)
+            spikes = list(fire(v, p.extra["threshold"], p.extra["reset"], self.spikes))
+            planes = torch.stack(spikes)
+            value = (planes.double() * weight.double().reshape(-1, 1)).sum(0).to(torch.float32)
+            kept = (key, (value, planes, planes.sum(0, dtype=torch.int32)))
+            _TABLES[weight] = kept
+        tables: tuple[Tensor, Tensor, Tensor] = kept[1]
+        return tables
+
+
+_TABLES = WeakTensorKeyDictionary()
+"""Decode weights of a site -> its tables, as long as the site has those weights."""
+
+
+def fire(v: Tensor, threshold: Tensor, reset: Tensor, limit: int = 0) -> Iterator[Tensor]:
+    """Spikes int8 of every step for potentials `v`, in whole units (Eq. 8); at most `limit` of them, 0: any number."""
+    fired = torch.zeros_like(v)
+    for t in range(threshold.numel()):
+        s = v >= threshold[t]
+        if limit:
+            s = s & (fired < limit)
+            fired = fired + s
+        v = v - reset[t] * s
+        yield s.to(torch.int8)
