@@ -31,8 +31,11 @@ class Architecture(ABC):
     """The kind of network, as in `Recipe.targets`."""
 
     @abstractmethod
-    def prepare(self, model: torch.nn.Module, config: ConversionConfig) -> torch.nn.Module:
+    def prepare(self, model: torch.nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> torch.nn.Module:
         """Apply the passes and put spiking modules, not yet calibrated, in place of the dense ones.
+
+        Args:
+            batches: calibration data, for passes that look for something in it.
 
         Raises:
             ConversionError: a part of the model is not understood; the message names it.

@@ -14,7 +14,7 @@ import torch
 from spikeplug import plugins
 from spikeplug.errors import OptionError, listed, nearest
 from spikeplug.stats import ActivationStats
-from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Recipe
+from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Pass, Recipe
 
 
 class ConversionConfig(pydantic.BaseModel):
@@ -28,6 +28,7 @@ class ConversionConfig(pydantic.BaseModel):
         neuron, neuron_options: the dynamics that make its spikes in stepped execution; None: the code's own `encode`.
         neuron_follows: neuron option -> the encoder option that it takes its value from.
         passes: rewrites applied before the conversion, in order.
+        pass_options: pass -> its options.
         approximators: nonlinear operation (or `*`) -> approximator.
         approximator_options: approximator -> its options.
         approximator_follows: approximator option -> the encoder option that it takes its value from.
@@ -49,6 +50,7 @@ class ConversionConfig(pydantic.BaseModel):
     neuron_options: dict[str, Any] = {}
     neuron_follows: dict[str, str] = {}
     passes: tuple[str, ...] = ()
+    pass_options: dict[str, dict[str, Any]] = {}
     approximators: dict[str, str] = {"*": "exact"}
     approximator_options: dict[str, dict[str, Any]] = {}
     approximator_follows: dict[str, str] = {}
@@ -137,17 +139,16 @@ class ConversionConfig(pydantic.BaseModel):
         for pattern in config.overrides:
             config._built(config.overrides[pattern])
         config.build_approximators()
+        config.build_passes()
         return config
 
     def build(self, name: str = "", *labels: str) -> tuple[Encoder, Neuron | None]:
-        """The encoder and the neuron of the place of that name, kind and subsystem. Checks the names of the passes.
+        """The encoder and the neuron of the place of that name, kind and subsystem.
 
         Raises:
             UnknownNameError: as `resolve`.
             OptionError: as `resolve`; or the neuron does not fire the spikes of the code.
         """
-        for each in self.passes:
-            plugins.registry().find("pass", each)
         differing: dict[str, Any] = {}
         for pattern, options in self.overrides.items():
             if _matches((pattern,), name, labels):
@@ -162,6 +163,10 @@ class ConversionConfig(pydantic.BaseModel):
         neuron = plugins.get_neuron(self.neuron, **{**followed, **self.neuron_options})
         _check_pair(encoder, neuron)
         return encoder, neuron
+
+    def build_passes(self) -> list[Pass]:
+        """The passes, in order. Raises as `resolve`."""
+        return [plugins.get_pass(name, **self.pass_options.get(name, {})) for name in self.passes]
 
     def build_approximators(self) -> dict[str, Approximator]:
         """The approximators by their name.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -71,7 +71,11 @@ def convert(
             "call spikeplug.calibrate(model, batches)"
         )
     _refuse_nonfinite(model)
-    model = prepare(model, config)
+    if config.passes and calibration is not None:
+        calibration = list(calibration)  # read twice: by the passes, and to calibrate
+        model = prepare(model, config, calibration)
+    else:
+        model = prepare(model, config)
     if calibration is not None:
         calibrate(model, calibration, watch=watch)
     return set_execution(model, config.execution)
@@ -85,9 +89,13 @@ def _refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Archit
         )
 
 
-def prepare(model: nn.Module, config: ConversionConfig) -> nn.Module:
-    """Put the spiking modules of a configuration in place, without calibrating them. Raises as `convert`."""
-    model = architecture_of(model).prepare(model, config)
+def prepare(model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
+    """Put the spiking modules of a configuration in place, without calibrating them. Raises as `convert`.
+
+    Args:
+        batches: calibration data, for passes that look for something in it.
+    """
+    model = architecture_of(model).prepare(model, config, batches)
     model.spikeplug_config = config  # type: ignore[assignment]
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,10 @@ class FoldBatchNorm:
 
     name: ClassVar[str] = "fold-bn"
 
-    def apply(self, model: nn.Module) -> list[str]:
+    def skeleton(self, model: nn.Module) -> None:
+        """A stored model of transformers has no BN to fold."""
+
+    def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> list[str]:
         """Fold in place; return the names of the BN modules that were folded away.
 
         Raises:

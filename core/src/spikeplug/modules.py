@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spikeplug import plugins
 from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
@@ -44,7 +43,7 @@ class ModuleTree(Architecture):
 
     target: ClassVar[str] = "module"
 
-    def prepare(self, model: nn.Module, config: ConversionConfig) -> nn.Module:
+    def prepare(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
         names = {name for name, module in model.named_modules() if type(module) in SPIKING}
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
@@ -69,7 +68,7 @@ class ModuleTree(Architecture):
                     f"module '{name}' ({type(module).__name__}) owns parameters and has no spiking form: "
                     f"list it under exclude to leave it dense. {_choices()}"
                 )
-        folded = [name for each in config.passes for name in plugins.get_pass(each).apply(model)]
+        folded = [name for each in config.build_passes() for name in each.apply(model, batches)]
         replaced = approximate(model, config, ops)
         for name, module in list(model.named_modules()):
             if name in names and not config.excludes(name, "input"):

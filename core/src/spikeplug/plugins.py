@@ -58,6 +58,8 @@ FIRST_PARTY = {
         for name in ("las", "base2-round", "phase", "mgpc", "single-spike", "two-spike")
     },
     ("architecture", "transformers"): "spikeplug-transformers",
+    ("pass", "rotate"): "spikeplug-transformers",
+    ("pass", "prefix"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
@@ -204,20 +206,21 @@ def get_class(kind: str, name: str) -> Any:
 def _instance(kind: str, name: str, options: dict[str, Any]) -> Any:
     cls = get_class(kind, name)
     known = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
-    for option, value in options.items():
+    for option in options:
         if option not in known:
             raise OptionError(
                 f"unknown option '{option}' of {kind} '{name}'{nearest(option, known)} Options: {listed(known)}."
             )
-        _check_type(option, value, typing.get_type_hints(cls)[option])
-    return cls(**options)
+    hints = typing.get_type_hints(cls)
+    return cls(**{option: _checked(option, value, hints[option]) for option, value in options.items()})
 
 
-def _check_type(option: str, value: object, wanted: Any) -> None:
+def _checked(option: str, value: object, wanted: Any) -> Any:
+    """The value of an option if it has the wanted type; JSON's lists stand for tuples."""
     from pydantic import TypeAdapter, ValidationError  # as heavy as the rest of this module, and seldom needed
 
     try:
-        TypeAdapter(wanted).validate_python(value, strict=True)
+        return TypeAdapter(wanted).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError as error:
         raise OptionError(f"{option}={value!r}: {error.errors()[0]['msg']}") from None
 

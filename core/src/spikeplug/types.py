@@ -205,12 +205,19 @@ class Approximator(Protocol):
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewrite before conversion that keeps the function of the network."""
+    """A rewrite before conversion that keeps the function of the network. A frozen dataclass of options."""
 
     name: ClassVar[str]
 
-    def apply(self, model: torch.nn.Module) -> list[str]:
-        """Rewrite in place; return the names of the modules that were folded away."""
+    def apply(self, model: torch.nn.Module, batches: Sequence[Any] = ()) -> list[str]:
+        """Rewrite in place; return the names of the modules that were folded away.
+
+        Args:
+            batches: calibration data; only a pass that looks for something in it reads them.
+        """
+
+    def skeleton(self, model: torch.nn.Module) -> None:
+        """What `apply` adds to a network besides weights, for a model whose weights are read from a file."""
 
 
 @runtime_checkable

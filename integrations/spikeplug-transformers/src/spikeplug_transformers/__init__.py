@@ -26,6 +26,11 @@ def spikeplug_architectures() -> dict[str, str]:
 
 
 @hookimpl
+def spikeplug_passes() -> dict[str, str]:
+    return {"rotate": "spikeplug_transformers.rotate:Rotate", "prefix": "spikeplug_transformers.prefix:Prefix"}
+
+
+@hookimpl
 def spikeplug_commands() -> dict[str, str]:
     return {"demo": "spikeplug_transformers.demo:demo"}
 

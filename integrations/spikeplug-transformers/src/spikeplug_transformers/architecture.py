@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from spikeplug import plugins
 from spikeplug.architecture import LanguageArchitecture, Opened, Watch, unwatched
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
@@ -27,11 +26,11 @@ class Transformers(LanguageArchitecture):
 
     target: ClassVar[str] = "lm"
 
-    def prepare(self, model: nn.Module, config: ConversionConfig) -> nn.Module:
+    def prepare(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
         _refuse_unfit(model)
         list(places(model))  # refuses a model that is not of the family before a pass changes it
-        for each in config.passes:
-            plugins.get_pass(each).apply(model)
+        for each in config.build_passes():
+            each.apply(model, batches)
         make_model_spiking(model, config)
         if needs_our_attention(config):
             model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]

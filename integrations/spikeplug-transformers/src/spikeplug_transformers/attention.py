@@ -26,6 +26,9 @@ OPERANDS = {
 }
 """Kind of operand -> the dimensions that make up a channel."""
 
+PREFIX = ("prefix_key", "prefix_value")
+"""Buffers of an attention block that hold keys and values `[H_kv, P, D]` of the prefix, where there is one."""
+
 REFUSED = ("softcap", "s_aux", "head_mask", "position_bias")
 """Arguments of transformers' attention functions that change the result and have no form here."""
 
@@ -63,6 +66,14 @@ def spiking_attention(
     query = _coded(module, "query", query)
     key = _coded(module, "key", key, new)
     value = _coded(module, "value", value, new)
+    if hasattr(module, PREFIX[0]):
+        # The prefix is seen by every token, and stays in floating point.
+        key, value = (
+            torch.cat([kept.to(each.dtype).expand(batch, -1, -1, -1), each], dim=2)
+            for kept, each in zip((module.prefix_key, module.prefix_value), (key, value), strict=True)
+        )
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (module.prefix_key.shape[1], 0))
 
     # One product for the query heads that share a key head: [B, H_kv, groups * S, D] x [B, H_kv, D, K].
     rows = (query * scaling).reshape(batch, -1, groups * length, size)

@@ -53,7 +53,7 @@ def places(model: nn.Module) -> Iterator[Place]:
     Raises:
         ConversionError: the model is not of the family; the message says what was found.
     """
-    _refuse_strangers(model)
+    refuse_strangers(model)
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, nn.Embedding):
@@ -71,8 +71,8 @@ def places(model: nn.Module) -> Iterator[Place]:
             yield Place(name, "head", module, (name,))
 
 
-def _refuse_strangers(model: nn.Module) -> None:
-    """Every module with parameters must be one that the conversion knows the role of."""
+def refuse_strangers(model: nn.Module) -> None:
+    """Every module with parameters must be one that the conversion knows the role of. Raises ConversionError."""
     found = getattr(model.config, "model_type", "?")
     expected = {f"{block}.{name}" for block, groups in READERS.items() for group in groups for name in group}
     if found not in FAMILY or type(model).__name__.removesuffix("ForCausalLM") == type(model).__name__:
@@ -134,6 +134,8 @@ ELSEWHERE = {"input", "embedding", "head", "ffn", "activation", "norm"}
 
 def needs_our_attention(config: ConversionConfig) -> bool:
     """Whether attention must go through our implementation: an operand may be coded, or softmax approximated."""
+    if "prefix" in config.passes:
+        return True
     exact = config.approximator("softmax") == "exact" or "softmax" in config.exclude
     excluded = "attention" in config.exclude or (exact and set(OPERANDS) <= set(config.exclude))
     return not excluded and not set(config.include) <= ELSEWHERE
@@ -183,7 +185,7 @@ def _ops(model: Any) -> Iterator[Op]:
             yield Op(f"{name}.gate·up", "elementwise product", "dense")
             yield Op(f"{name.removesuffix('.mlp')}.residual", "two additions", "dense")
         elif not isinstance(module, (Coder, SpikingLayer)) and not list(module.children()):
-            yield Op(name, kind, "dense")
+            yield Op(name, kind, "dense", getattr(module, "macs", 0))
 
 
 def _products(name: str, attention: Any) -> Iterator[Op]:

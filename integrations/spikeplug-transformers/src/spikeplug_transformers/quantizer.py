@@ -22,7 +22,7 @@ from spikeplug.errors import CalibrationError, ConversionError
 from spikeplug.site import Coder, sites
 from spikeplug.types import Recipe
 
-from .attention import IMPLEMENTATION
+from .attention import IMPLEMENTATION, PREFIX
 from .family import make_model_spiking, needs_our_attention
 
 METHOD = "spikeplug"
@@ -77,6 +77,8 @@ class SpikeQuantizer(HfQuantizer):
             raise ConversionError(
                 f"passes {list(config.passes)} need the weights, which are not loaded yet: use spikeplug.convert"
             )
+        for each in config.build_passes():
+            each.skeleton(model)
         make_model_spiking(model, config)
         if self.pre_quantized and checkpoint_files:
             _verify_files([Path(file) for file in checkpoint_files])
@@ -117,15 +119,16 @@ def _verify_files(files: list[Path]) -> None:
 
 def _declare_params(model: nn.Module, files: list[str]) -> None:
     """Give every site buffers of the shapes and dtypes in the checkpoint, for transformers to fill."""
-    prefixes = {f"{path}.": module for path, module in model.named_modules() if isinstance(module, Coder)}
+    modules = dict(model.named_modules())
+    prefixes = {f"{path}.": module for path, module in modules.items() if isinstance(module, Coder)}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 path, _, name = key.rpartition(".")
-                site = prefixes.get(f"{path}.")
-                if site is not None:
+                owner = prefixes.get(f"{path}.") or (modules.get(path) if name in PREFIX else None)
+                if owner is not None:
                     stored: Tensor = tensors.get_tensor(key)
-                    site.register_buffer(name, torch.empty_like(stored, device="meta"))
+                    owner.register_buffer(name, torch.empty_like(stored, device="meta"))
     for site in prefixes.values():
         if not site.calibrated:
             raise CalibrationError(f"site '{site.name}' has no parameters in the checkpoint: it was never calibrated")
