@@ -3,9 +3,8 @@
     python benchmarks/phase_tables.py variants --calibrate TEXT --ppl TEXT [--steps 6,8,10]
     python benchmarks/phase_tables.py sites --calibrate TEXT --ppl TEXT --steps 6
 
-After the passes `rotate` and `prefix`; one calibration serves all rows. `variants` has every site coded, and, in its
-last column, the sites of PrefixQuant alone: inputs of linear layers, k and v. `sites` codes each kind of site alone, and leaves each
-alone dense.
+After the passes `rotate` and `prefix`; one calibration serves all rows. `variants` has every site coded and, in its
+last column, the sites of PrefixQuant alone. `sites` codes each kind of site alone, and leaves each alone dense.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import spikeplug
 from spike_plugin_phase.encoder import Phase
@@ -62,24 +62,19 @@ class Bench:
     def code(self, which: Any, steps: int, options: dict[str, Any]) -> float:
         """Code the sites of these kinds ("all", "none", or a tuple of kinds); return the seconds that fitting took."""
         options = dict(options)
-        more = options.pop("more", 0)
+        more, grains = options.pop("more", 0), options.get("grains", 0)
         start = time.process_time()
         for extra in {0, more}:
             size = min(16, steps + extra)
-            code = Phase(
-                steps=size, **{**options, "grains": size if options.get("grains") == -1 else options.get("grains", 0)}
-            )
-            names = [
-                name for name, site in self.sites.items() if (site.kind == "probabilities") == (extra > 0) or not more
-            ]
-            for name, p in zip(names, code.fit_all([self.stats[name] for name in names]), strict=True):
-                site = self.sites[name]
+            code = Phase(steps=size, **{**options, "grains": size if grains == -1 else grains})
+            mine = [site for site in self.sites.items() if not more or (site[1].kind == "probabilities") == (extra > 0)]
+            for (_, site), p in zip(mine, code.fit_all([self.stats[name] for name, _ in mine]), strict=True):
                 site.encoder = code
                 site.set_params(p.tensors())
         for site in self.sites.values():
             coded = which == "all" or (which != "none" and site.kind in which)
-            # A site that stays dense: its hook gives back what came in.
-            site.forward = type(site).forward.__get__(site) if coded else (lambda x, *_, **__: x)  # type: ignore[method-assign]
+            # A site that stays dense gives back what came in.
+            site.forward = type(site).forward.__get__(site) if coded else _pass_on  # type: ignore[method-assign]
         return time.process_time() - start
 
     def error(self) -> dict[str, float]:
@@ -100,33 +95,25 @@ class Bench:
         return self.architecture.perplexity(opened, self.arguments.ppl, seqlen=512, tokens=self.arguments.tokens)
 
 
+def _pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
 def variants(bench: Bench) -> Iterator[list[str]]:
+    """Every site coded, and PrefixQuant's alone."""
     for steps in bench.arguments.steps:
         rounding: dict[str, float] = {}
         for name, options in VARIANTS.items():
-            seconds = bench.code("all", steps, options)
-            error = bench.error()
+            seconds, error = bench.code("all", steps, options), bench.error()
             rounding = error if name == "base2-round" else rounding
-            ratio = (
-                sum(error[site] / rounding[site] for site in error if rounding.get(site)) / len(error)
-                if rounding
-                else 0
-            )
-            whole = bench.perplexity()
-            bench_only = ""
+            ratios = [error[site] / rounding[site] for site in error if rounding.get(site)]
+            found = bench.perplexity()
+            row = [str(steps), name, f"{found:.2f}", f"{found / bench.dense['perplexity'] - 1:+.1%}"]
+            row += [f"{sum(ratios) / len(ratios):.3f}" if ratios else "", f"{seconds:.0f}", ""]
             if name in ("las", "base2-round", "mgpc, 2 grains"):
                 bench.code(PREFIXQUANT, steps, options)
-                bench_only = f"{bench.perplexity():.2f}"
-            change = f"{whole / bench.dense['perplexity'] - 1:+.1%}"
-            yield [
-                str(steps),
-                name,
-                f"{whole:.2f}",
-                change,
-                f"{ratio:.3f}" if ratio else "",
-                f"{seconds:.0f}",
-                bench_only,
-            ]
+                row[-1] = f"{bench.perplexity():.2f}"
+            yield row
 
 
 def by_site(bench: Bench) -> Iterator[list[str]]:
@@ -152,15 +139,11 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments)
     print(", ".join(f"{key} {value}" for key, value in bench.dense["protocol"].items()))
-    base = bench.perplexity()
-    print(
-        f"prefix tokens {bench.model.config.spikeplug_prefix}; dense {bench.dense['perplexity']:.3f}, with both passes {base:.3f}\n"
-    )
+    dense, tokens = bench.dense["perplexity"], bench.model.config.spikeplug_prefix
+    print(f"prefix tokens {tokens}; dense {dense:.3f}, with both passes {bench.perplexity():.3f}\n")
     if arguments.table == "variants":
-        show(
-            ["T", "variant", "perplexity", "change", "error over rounding's", "CPU s to fit", "PrefixQuant's sites"],
-            variants(bench),
-        )
+        head = ["T", "variant", "perplexity", "change", "error / rounding's", "CPU s to fit", "PrefixQuant's sites"]
+        show(head, variants(bench))
     else:
         show(["T", "variant", "kind of site", "coded alone", "left dense alone"], by_site(bench))
 
