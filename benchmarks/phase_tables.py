@@ -2,6 +2,7 @@
 
     python benchmarks/phase_tables.py variants --calibrate TEXT --ppl TEXT [--steps 6,8,10]
     python benchmarks/phase_tables.py sites --calibrate TEXT --ppl TEXT --steps 6
+    python benchmarks/phase_tables.py plots --calibrate TEXT --ppl TEXT
 
 After the passes `rotate` and `prefix`; one calibration serves all rows. `variants` has every site coded and, in its
 last column, the sites of PrefixQuant alone. `sites` codes each kind of site alone, and leaves each alone dense.
@@ -20,11 +21,13 @@ from torch import Tensor
 
 import spikeplug
 from spike_plugin_phase.encoder import Phase
+from spike_plugin_phase.trainer import learn_all
 from spikeplug.architecture import Opened
 from spikeplug.cli import language
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion import observe
 from spikeplug.site import Site, sites
+from spikeplug.types import CodeParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "las": {"rounding": "floor"},
@@ -36,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mgpc, T grains": {"grains": -1},
     "mgpc, 2 grains, searched": {"grains": 2, "allocation": "search"},
     "mgpc, 2 grains, probabilities with 4 steps more": {"grains": 2, "more": 4},
+    "base2-round, mask of T/2 steps": {"mask": -1},
     "two-spike": {"rounding": "floor", "spikes": 2},
     "single-spike": {"rounding": "floor", "spikes": 1},
 }
@@ -52,7 +56,9 @@ class Bench:
         self.dense = self._measure()
         tokens = arguments.calibrate_tokens
         batches = self.architecture.calibration(self.opened, arguments.calibrate, seqlen=512, tokens=tokens)
-        config = ConversionConfig.resolve("base2-round", {"passes": ["rotate", "prefix"]})
+        passes = ["rotate", "prefix"] if arguments.bits is None else ["rotate", "quantize-weights", "prefix"]
+        options = {"quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64}}
+        config = ConversionConfig.resolve("base2-round", {"passes": passes, "pass_options": options})
         self.model: Any = spikeplug.prepare(self.opened.model, config, batches)
         self.sites = {name: site for name, site in sites(self.model).items() if isinstance(site, Site)}
         self.stats = observe(self.model, batches)
@@ -66,7 +72,10 @@ class Bench:
         start = time.process_time()
         for extra in {0, more}:
             size = min(16, steps + extra)
-            code = Phase(steps=size, **{**options, "grains": size if grains == -1 else grains})
+            given = {**options, "grains": size if grains == -1 else grains}
+            if given.get("mask") == -1:
+                given["mask"] = size // 2
+            code = Phase(steps=size, **given)
             mine = [site for site in self.sites.items() if not more or (site[1].kind == "probabilities") == (extra > 0)]
             for (_, site), p in zip(mine, code.fit_all([self.stats[name] for name, _ in mine]), strict=True):
                 site.encoder = code
@@ -104,12 +113,15 @@ def variants(bench: Bench) -> Iterator[list[str]]:
     for steps in bench.arguments.steps:
         rounding: dict[str, float] = {}
         for name, options in VARIANTS.items():
+            if bench.arguments.only and name not in bench.arguments.only:
+                continue
             seconds, error = bench.code("all", steps, options), bench.error()
             rounding = error if name == "base2-round" else rounding
             ratios = [error[site] / rounding[site] for site in error if rounding.get(site)]
             found = bench.perplexity()
             row = [str(steps), name, f"{found:.2f}", f"{found / bench.dense['perplexity'] - 1:+.1%}"]
-            row += [f"{sum(ratios) / len(ratios):.3f}" if ratios else "", f"{seconds:.0f}", ""]
+            worse = sum(ratio > 1 for ratio in ratios)
+            row += [f"{sum(ratios) / len(ratios):.3f} ({worse} above)" if ratios else "", f"{seconds:.0f}", ""]
             if name in ("las", "base2-round", "mgpc, 2 grains"):
                 bench.code(PREFIXQUANT, steps, options)
                 row[-1] = f"{bench.perplexity():.2f}"
@@ -127,12 +139,49 @@ def by_site(bench: Bench) -> Iterator[list[str]]:
                 yield [str(steps), name, kind, f"{alone:.2f}", f"{bench.perplexity():.2f}"]
 
 
+def plots(bench: Bench, folder: Path) -> None:
+    """Figures 3 and 4 of the paper, for the input of one `down_proj` and one site of probabilities, T = 6."""
+    from matplotlib.figure import Figure
+
+    names = ["model.layers.15.mlp.down_proj", "model.layers.15.self_attn.probabilities"]
+    code = Phase(steps=6, grains=2)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    params, learned = learn_all(code, [bench.stats[name] for name in names])
+    for row, (name, p, course) in enumerate(zip(names, params, learned, strict=True)):
+        values = bench.stats[name].values.double().abs() / p.scale
+        left, right = axes[row]
+        left.hist(values.clamp(max=0.5).numpy(), bins=200, log=True, color="#8a8f98")
+        levels, rounding = (each._tables(q)[0].unique() for each, q in ((code, p), (Phase(steps=6), _plain(p))))
+        for where, found, colour in ((0.12, levels, "#2f6fde"), (0.04, rounding, "#d1603d")):
+            shown = found[found <= 0.5]
+            left.plot(shown, [where] * len(shown), "|", color=colour, transform=left.get_xaxis_transform())
+        left.set_title(
+            f"{name.removeprefix('model.')}: magnitudes; levels learned (blue), rounding's (red)", fontsize=8
+        )
+        right.semilogy(course.losses, color="#2f6fde", linewidth=1)
+        right.set_ylabel("squared error, units of 2^-T", fontsize=8)
+        bases = right.twinx()
+        for base in course.course.T:
+            bases.plot([10 * turn for turn in range(len(base))], base, "--", color="#d1603d", linewidth=1)
+        bases.set_ylabel("bases (dashed)", fontsize=8)
+        right.set_title("steps of Algorithm 1", fontsize=8)
+    figure.savefig(folder / "phase.png", dpi=110)
+
+
+def _plain(p: CodeParams) -> CodeParams:
+    code = Phase(steps=6)
+    return code.params_of(p.scale, *code.start())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("variants", "sites"))
+    parser.add_argument("table", choices=("variants", "sites", "plots"))
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--ppl", type=Path, required=True)
     parser.add_argument("--steps", type=lambda text: [int(each) for each in text.split(",")], default=[6, 8, 10])
+    parser.add_argument("--only", action="append", help="name of a variant; may be given several times")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the weights first (4 bits: groups of 64)")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=5120)
     parser.add_argument("--calibrate-tokens", type=int, default=8192)
@@ -141,7 +190,9 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in bench.dense["protocol"].items()))
     dense, tokens = bench.dense["perplexity"], bench.model.config.spikeplug_prefix
     print(f"prefix tokens {tokens}; dense {dense:.3f}, with both passes {bench.perplexity():.3f}\n")
-    if arguments.table == "variants":
+    if arguments.table == "plots":
+        plots(bench, Path("docs/results"))
+    elif arguments.table == "variants":
         head = ["T", "variant", "perplexity", "change", "error / rounding's", "CPU s to fit", "PrefixQuant's sites"]
         show(head, variants(bench))
     else:

@@ -21,7 +21,7 @@ ALLOWED = {
     "spikeplug": {"torch", "numpy", "pluggy", "pydantic", "safetensors", "typer", "rich", "pytest", "hypothesis"},
     "plugin": {"spikeplug", "torch", "safetensors"},
     "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
-    | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib"},
+    | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib", "torchao"},
 }
 """What each kind of distribution may import besides the standard library and itself."""
 

@@ -147,3 +147,25 @@ def test_passes_of_the_command_line(cli, dense_folder, text, tmp_path):
     assert code == 0, err
     assert result["config"]["passes"] == ["rotate", "prefix"]
     assert cli("eval", tmp_path / "out", "--ppl", text, "--seqlen", 32)[0] == 0
+
+
+@pytest.mark.parametrize(("bits", "group", "levels"), [(8, 0, 256), (4, 16, 16)])
+def test_weights_are_rounded_to_few_levels(build, ids, bits, group, levels):
+    model = build()
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    head = model.lm_head.weight.detach().clone()
+    spikeplug.get_pass("quantize-weights", bits=bits, group=group).apply(model)
+    after = model.model.layers[0].mlp.up_proj.weight.detach()
+    rows = after.reshape(-1, group or after.shape[1])
+    assert all(row.unique().numel() <= levels for row in rows)
+    step = before.reshape(rows.shape).abs().amax(1, keepdim=True) / (levels / 2 - 1)
+    assert ((after - before).reshape(rows.shape).abs() <= 0.5001 * step).all()
+    assert not torch.equal(after, before)
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_bad_weight_options_say_so(build):
+    with pytest.raises(OptionError, match="bits=5: choose one of 4, 8"):
+        spikeplug.get_pass("quantize-weights", bits=5)
+    with pytest.raises(OptionError, match=r"group=7: the rows of .* have 32 weights"):
+        spikeplug.get_pass("quantize-weights", group=7).apply(build())

@@ -60,6 +60,7 @@ FIRST_PARTY = {
     ("architecture", "transformers"): "spikeplug-transformers",
     ("pass", "rotate"): "spikeplug-transformers",
     ("pass", "prefix"): "spikeplug-transformers",
+    ("pass", "quantize-weights"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""

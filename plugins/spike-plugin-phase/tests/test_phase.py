@@ -63,13 +63,13 @@ class TestLearnedConformance(EncoderConformance):
 
 
 class TestFewSpikesConformance(EncoderConformance):
-    @pytest.fixture(params=[1, 2])
+    @pytest.fixture(params=[{"spikes": 1}, {"spikes": 2}, {"mask": 3}], ids=str)
     def encoder(self, request):
-        return Phase(steps=8, rounding="floor", spikes=request.param)
+        return Phase(steps=8, rounding="floor", **request.param)
 
     @pytest.fixture
     def neuron(self, encoder):
-        return PhaseIF(spikes=encoder.spikes)
+        return PhaseIF(spikes=encoder.spikes, mask=encoder.mask)
 
 
 class TestPhaseIFConformance(NeuronConformance):
@@ -109,6 +109,15 @@ def test_few_spikes_by_hand(spikes, expected):
     code = Phase(steps=3, rounding="floor", spikes=spikes)
     x = torch.tensor([0.9, 0.7, 0.4])
     assert code.fused(x, unit(code)).tolist() == expected
+
+
+def test_mask_drops_late_spikes_of_early_neurons():
+    code = Phase(steps=4, rounding="floor", mask=2)
+    x = torch.tensor([0.6875, 0.4375, 0.0625])  # .1011, .0111, .0001
+    assert code.encode(x, unit(code)).T.tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    assert error(Phase(steps=8)) < error(Phase(steps=8, mask=6)) < error(Phase(steps=8, mask=4))
+    p = Phase(steps=8).fit(ActivationStats.of(HEAVY, ()))
+    assert Phase(steps=8, mask=4).count(HEAVY, p).sum() < 0.95 * Phase(steps=8).count(HEAVY, p).sum()
 
 
 def test_decoupled_thresholds_and_resets_by_hand():
@@ -221,7 +230,8 @@ def test_allocations():
     "options",
     [
         {"steps": 0}, {"steps": 17}, {"grains": 9}, {"grains": -1}, {"rounding": "up"}, {"spikes": 3},
-        {"spikes": 1, "grains": 2}, {"rounds": 0}, {"lr_neuron": 0.0}, {"clip": "max"}, {"allocation": "odd"},
+        {"spikes": 1, "grains": 2}, {"rounds": 0}, {"mask": 9}, {"lr_neuron": 0.0}, {"clip": "max"},
+        {"allocation": "odd"},
     ],
     ids=str,
 )  # fmt: skip

@@ -27,7 +27,11 @@ def spikeplug_architectures() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_passes() -> dict[str, str]:
-    return {"rotate": "spikeplug_transformers.rotate:Rotate", "prefix": "spikeplug_transformers.prefix:Prefix"}
+    return {
+        "rotate": "spikeplug_transformers.rotate:Rotate",
+        "prefix": "spikeplug_transformers.prefix:Prefix",
+        "quantize-weights": "spikeplug_transformers.weights:QuantizeWeights",
+    }
 
 
 @hookimpl

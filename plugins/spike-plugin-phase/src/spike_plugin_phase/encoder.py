@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from spikeplug.types import CodeParams, Encoder, straight_through
 
 MAX_STEPS = 16
 CHOICES = {"rounding": ("nearest", "floor"), "clip": ("none", "mse"), "allocation": ("even", "search")}
+
+
+def check_learning(options: Any) -> None:
+    """Raise OptionError unless the options of Algorithm 1 are in range."""
+    for option in ("rounds", "inner_neuron", "inner_bases", "samples"):
+        if getattr(options, option) < 1:
+            raise OptionError(f"{option}={getattr(options, option)}: at least 1 is needed")
+    for option in ("lr_neuron", "lr_bases"):
+        if not 0 < getattr(options, option) < float("inf"):
+            raise OptionError(f"{option}={getattr(options, option)}: a positive number is needed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Phase(Encoder):
         rounding: how the neuron that is not learned, or that learning starts from, rounds: `floor` has `θ = h = d`;
             `nearest` fires half of the last step's worth earlier.
         spikes: largest number of spikes in a window, 1 or 2; 0: any.
+        mask: steps from a window's first spike on that may fire, later spikes are dropped (appendix D.7); 0: all.
         percentile: share of the calibration values, in percent, whose magnitude the scale covers.
         clip: `none`, or `mse`: the scale is the share of that magnitude, 0.3 to 1, with the least squared error.
         rounds, inner_neuron, inner_bases: N, N1 and N2 of Algorithm 1.
@@ -52,6 +63,7 @@ class Phase(Encoder):
     grains: int = 0
     rounding: str = "nearest"
     spikes: int = 0
+    mask: int = 0
     percentile: float = 100.0
     clip: str = "none"
     rounds: int = 16
@@ -75,16 +87,11 @@ class Phase(Encoder):
                 raise OptionError(f"{option}='{getattr(self, option)}': choose one of {', '.join(choices)}")
         if self.spikes not in (0, 1, 2):
             raise OptionError(f"spikes={self.spikes}: 1, 2, or 0 for any number is needed")
+        if not 0 <= self.mask <= self.steps:
+            raise OptionError(f"mask={self.mask}: a whole number from 0 to steps={self.steps} is needed")
         if self.spikes and self.grains:
-            raise OptionError(
-                f"spikes={self.spikes} with grains={self.grains}: a learned code fires any number of spikes"
-            )
-        for option in ("rounds", "inner_neuron", "inner_bases", "samples"):
-            if getattr(self, option) < 1:
-                raise OptionError(f"{option}={getattr(self, option)}: at least 1 is needed")
-        for option in ("lr_neuron", "lr_bases"):
-            if not 0 < getattr(self, option) < float("inf"):
-                raise OptionError(f"{option}={getattr(self, option)}: a positive number is needed")
+            raise OptionError(f"spikes={self.spikes}: a code of grains={self.grains} fires any number, spikes=0")
+        check_learning(self)
 
     @property
     def fraction(self) -> int:
@@ -194,10 +201,10 @@ class Phase(Encoder):
         """Of every potential 0 .. 2^fraction: value float32 `[V]`, spikes int8 `[T, V]`, their number int32 `[V]`."""
         weight = p.extra["weight"]
         kept = _TABLES.get(weight)  # type: ignore[no-untyped-call]
-        key = (self.spikes, *(tensor._version for tensor in p.extra.values()))
+        key = (self.spikes, self.mask, *(tensor._version for tensor in p.extra.values()))
         if kept is None or kept[0] != key:
             v = torch.arange(2**self.fraction + 1, dtype=torch.int32, device=weight.device)
-            spikes = list(fire(v, p.extra["threshold"], p.extra["reset"], self.spikes))
+            spikes = list(fire(v, p.extra["threshold"], p.extra["reset"], self.spikes, self.mask))
             planes = torch.stack(spikes)
             value = (planes.double() * weight.double().reshape(-1, 1)).sum(0).to(torch.float32)
             kept = (key, (value, planes, planes.sum(0, dtype=torch.int32)))
@@ -210,13 +217,18 @@ _TABLES = WeakTensorKeyDictionary()
 """Decode weights of a site -> its tables, as long as the site has those weights."""
 
 
-def fire(v: Tensor, threshold: Tensor, reset: Tensor, limit: int = 0) -> Iterator[Tensor]:
-    """Spikes int8 of every step for potentials `v`, in whole units (Eq. 8); at most `limit` of them, 0: any number."""
-    fired = torch.zeros_like(v)
+def fire(v: Tensor, threshold: Tensor, reset: Tensor, limit: int = 0, mask: int = 0) -> Iterator[Tensor]:
+    """Spikes int8 of every step for potentials `v`, in whole units (Eq. 8).
+
+    Args:
+        limit: as `Phase.spikes`.
+        mask: as `Phase.mask`.
+    """
+    fired, left = torch.zeros_like(v), torch.full_like(v, mask or threshold.numel())
     for t in range(threshold.numel()):
-        s = v >= threshold[t]
+        s = (v >= threshold[t]) & (left > 0)
         if limit:
             s = s & (fired < limit)
-            fired = fired + s
-        v = v - reset[t] * s
+        v, fired = v - reset[t] * s, fired + s
+        left = left - (fired > 0).to(left.dtype)
         yield s.to(torch.int8)

@@ -13,11 +13,12 @@ from spikeplug.types import CodeParams, Neuron
 
 
 class PhaseState(NamedTuple):
-    """Potential and sign of the input `[*S]`, spikes fired so far, and the time step."""
+    """Potential and sign of the input `[*S]`, spikes fired so far, steps since the first, and the time step."""
 
     v: Tensor
     sign: Tensor
     fired: Tensor
+    since: Tensor
     t: int
 
 
@@ -29,18 +30,22 @@ class PhaseIF(Neuron):
 
     Args:
         spikes: largest number of spikes in a window; 0: any.
+        mask: steps from the first spike on that may fire; 0: all.
     """
 
     spikes: int = 0
+    mask: int = 0
 
     name: ClassVar[str] = "phase-if"
 
     def __post_init__(self) -> None:
         if self.spikes not in (0, 1, 2):
             raise OptionError(f"spikes={self.spikes}: 1, 2, or 0 for any number is needed")
+        if self.mask < 0:
+            raise OptionError(f"mask={self.mask}: a whole number of at least 0 is needed")
 
     def bind(self, p: CodeParams) -> Neuron:
-        return _Bound(self.spikes, tuple(p.extra["threshold"].tolist()), tuple(p.extra["reset"].tolist()))
+        return _Bound(self.spikes, self.mask, tuple(p.extra["threshold"].tolist()), tuple(p.extra["reset"].tolist()))
 
     def schedule(self, t: int) -> tuple[float, float]:
         """Threshold and reset of a step."""
@@ -48,7 +53,7 @@ class PhaseIF(Neuron):
 
     def init(self, x: Tensor) -> PhaseState:
         nothing = torch.zeros_like(x)
-        return PhaseState(nothing, nothing, nothing, 0)
+        return PhaseState(nothing, nothing, nothing, nothing, 0)
 
     def step(self, x: Tensor, state: PhaseState) -> tuple[Tensor, PhaseState]:
         threshold, reset = self.schedule(state.t)
@@ -57,8 +62,11 @@ class PhaseIF(Neuron):
         s = v >= threshold
         if self.spikes:
             s = s & (state.fired < self.spikes)
+        if self.mask:
+            s = s & (state.since < self.mask)
         s = s.to(x.dtype)
-        return s * sign, PhaseState(v - reset * s, sign, state.fired + s, state.t + 1)
+        fired = state.fired + s
+        return s * sign, PhaseState(v - reset * s, sign, fired, state.since + (fired > 0), state.t + 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ def _recipe(name: str, summary: str, **options: Any) -> Recipe:
         encoder="phase",
         neuron="phase-if",
         encoder_options=options,
-        neuron_options={"spikes": "spikes"},
+        neuron_options={"spikes": "spikes", "mask": "mask"},
     )
 
 
