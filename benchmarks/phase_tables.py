@@ -156,9 +156,7 @@ def plots(bench: Bench, folder: Path) -> None:
         for where, found, colour in ((0.12, levels, "#2f6fde"), (0.04, rounding, "#d1603d")):
             shown = found[found <= 0.5]
             left.plot(shown, [where] * len(shown), "|", color=colour, transform=left.get_xaxis_transform())
-        left.set_title(
-            f"{name.removeprefix('model.')}: magnitudes; levels learned (blue), rounding's (red)", fontsize=8
-        )
+        left.set_title(f"{name.removeprefix('model.')}: levels learned (blue), rounding's (red)", fontsize=8)
         right.semilogy(course.losses, color="#2f6fde", linewidth=1)
         right.set_ylabel("squared error, units of 2^-T", fontsize=8)
         bases = right.twinx()

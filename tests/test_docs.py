@@ -78,6 +78,15 @@ def test_long_commands_of_the_readme_run(tmp_path):
         _run(["bash", "-c", line], tmp_path)
 
 
+def test_commands_of_the_bse_readme_run(dense_folder, text):
+    lines = _commands("plugins/spike-plugin-bse/README.md")
+    assert [line.split()[1] for line in lines] == ["convert", "train"]
+    for line in lines:
+        # A tiny model in the place of SmolLM2.
+        _run(["bash", "-c", line.replace("smollm2", str(dense_folder))], text.parent)
+    assert (text.parent / "trained" / "spikeplug.json").exists()
+
+
 def test_make_targets_in_the_documents_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for document in ("README.md", "CONTRIBUTING.md"):

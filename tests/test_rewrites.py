@@ -70,7 +70,7 @@ def test_prefix_equals_the_tokens_ahead_of_the_text(build, ids, family):
     model = build(family)
     tokens = (7, 1)
     ahead = torch.tensor([tokens]).expand(len(ids), -1)
-    expected = model(torch.cat([ahead, ids], 1)).logits[:, 2:]
+    expected = model(torch.cat([ahead, ids], 1)).logits[:, 2:].detach()
     if family == "mistral":
         pytest.skip("a sliding window drops the first tokens of a text, but never the prefix")
     spikeplug.get_pass("prefix", tokens=tokens).apply(model)

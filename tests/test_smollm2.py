@@ -77,3 +77,29 @@ def test_reload_is_bit_equal_and_generates_the_same(converted, tmp_path):
         assert torch.equal(loaded(ids).logits, opened.model(ids).logits)
     tokens = [model.generate(ids, max_new_tokens=16, do_sample=False) for model in (opened.model, loaded)]
     assert torch.equal(*tokens)
+
+
+def test_laser_is_within_a_percent():
+    opened = _open()
+    dense = _perplexity(opened)
+    batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=4096)
+    spikeplug.convert(opened.model, "laser", calibration=batches)
+    found = _perplexity(opened)
+    assert found == pytest.approx(dense, rel=1e-2)
+    assert found != dense
+    assert {op.role for op in spikeplug.report(opened.model).ops if "norm" in op.name} == {"approximated"}
+
+
+@pytest.mark.parametrize("name", ["rotate", "prefix"])
+def test_passes_keep_the_function(name):
+    opened = _open()
+    batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=4096)
+    with torch.no_grad():
+        before = opened.model(batches[0]).logits
+        dense = _perplexity(opened)
+        spikeplug.get_pass(name).apply(opened.model, batches)
+        after = opened.model(batches[0]).logits
+    if name == "rotate":
+        assert (after - before).norm() < 1e-3 * before.norm()
+    # One token ahead of every text changes its first words a little, for the better on this protocol.
+    assert _perplexity(opened) == pytest.approx(dense, rel=1e-4 if name == "rotate" else 1.5e-2)
