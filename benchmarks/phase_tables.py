@@ -54,11 +54,12 @@ class Bench:
         self.arguments, self.architecture = arguments, language()
         self.opened = self.architecture.open(arguments.model, dtype="auto", device="cpu")
         self.dense = self._measure()
-        tokens = arguments.calibrate_tokens
-        batches = self.architecture.calibration(self.opened, arguments.calibrate, seqlen=512, tokens=tokens)
         passes = ["rotate", "prefix"] if arguments.bits is None else ["rotate", "quantize-weights", "prefix"]
         options = {"quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64}}
         config = ConversionConfig.resolve("base2-round", {"passes": passes, "pass_options": options})
+        batches = self.architecture.calibration(
+            self.opened, arguments.calibrate, seqlen=512, tokens=arguments.calibrate_tokens, config=config
+        )
         self.model: Any = spikeplug.prepare(self.opened.model, config, batches)
         self.sites = {name: site for name, site in sites(self.model).items() if isinstance(site, Site)}
         self.stats = observe(self.model, batches)

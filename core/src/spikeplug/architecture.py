@@ -90,8 +90,13 @@ class LanguageArchitecture(Architecture):
         """
 
     @abstractmethod
-    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
+    def calibration(
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int, config: ConversionConfig | None = None
+    ) -> Sequence[Tensor]:
         """Calibration batches, token ids `[B, S]`, made of the first `tokens` tokens of a text.
+
+        Args:
+            config: the conversion that they are for, where that makes a difference.
 
         Raises:
             SpikeplugError: the text cannot be read or is too short.

@@ -190,7 +190,7 @@ def convert_command(
     _need_file(calibrate)
     architecture = language()
     opened = architecture.open(model, dtype=dtype, device=device)
-    batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens)
+    batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens, config=config)
     with progress() as watch:
         convert(opened.model, config, calibration=batches, watch=watch)
     save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)

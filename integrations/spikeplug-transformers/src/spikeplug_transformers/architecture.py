@@ -82,8 +82,11 @@ class Transformers(LanguageArchitecture):
     def open(self, source_name: str, *, dtype: str, device: str) -> Opened:
         return source.open_model(source_name, dtype=dtype, device=device)
 
-    def calibration(self, opened: Opened, path: Path, *, seqlen: int, tokens: int) -> Sequence[Tensor]:
-        return text.calibration(text.tokenize(opened, path)[0], seqlen, tokens)
+    def calibration(
+        self, opened: Opened, path: Path, *, seqlen: int, tokens: int, config: ConversionConfig | None = None
+    ) -> Sequence[Tensor]:
+        beginnings = config is None or "prefix" not in config.passes
+        return text.calibration(text.tokenize(opened, path)[0], seqlen, tokens, beginnings)
 
     def windows(self, opened: Opened, path: Path, *, seqlen: int, tokens: int | None) -> Sequence[Tensor]:
         return text.windows(text.tokenize(opened, path)[0], seqlen, tokens)

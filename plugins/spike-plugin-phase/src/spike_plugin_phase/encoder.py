@@ -49,7 +49,7 @@ class Phase(Encoder):
         spikes: largest number of spikes in a window, 1 or 2; 0: any.
         mask: steps from a window's first spike on that may fire, later spikes are dropped (appendix D.7); 0: all.
         percentile: share of the calibration values, in percent, whose magnitude the scale covers.
-        clip: `none`, or `mse`: the scale is the share of that magnitude, 0.3 to 1, with the least squared error.
+        clip: `none`, or `mse`: the scale is the share of that magnitude, 0.01 to 1, with the least squared error.
         rounds, inner_neuron, inner_bases: N, N1 and N2 of Algorithm 1.
         lr_neuron, lr_bases: η1 and η2, in units of the last step's worth.
         samples: calibration values that are learned from.
@@ -131,7 +131,7 @@ class Phase(Encoder):
     def _searched(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
         plain = dataclasses.replace(self, grains=0)
         best, chosen = float("inf"), largest
-        for share in torch.linspace(0.3, 1, 36, dtype=torch.float64):
+        for share in torch.logspace(-2, 0, 41, dtype=torch.float64):
             p = plain.params_of(largest * share, *plain.start())
             error = float((plain.fused(magnitudes, p) - magnitudes).square().mean())
             if error < best:
