@@ -240,3 +240,18 @@ def test_full_disk_is_one_line():
         )
     assert done.returncode == 1
     assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_demo_compares_every_recipe(cli, dense_folder, tmp_path):
+    sizes = ["--tokens", 64, "--calibrate-tokens", 64, "--seqlen", 32]
+    code, result, err = cli("demo", dense_folder, "--out", tmp_path / "page", *sizes, "--json")
+    assert code == 0, err
+    names = [row["recipe"] for row in result["rows"]]
+    assert names[0] == "dense"
+    assert {"base2-round", "bse", "las", "laser", "mgpc", "rate"} <= set(names)
+    assert len({row["perplexity"] for row in result["rows"]}) == len(names)
+    close = {row["recipe"]: abs(row["change"]) for row in result["rows"]}
+    assert max(close["bse"], close["laser"]) < 0.01
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "<svg" in page
+    assert all(name in page for name in names)

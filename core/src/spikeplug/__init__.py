@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spikeplug.architecture import Architecture
     from spikeplug.bundle import load, save
     from spikeplug.config import ConversionConfig
-    from spikeplug.conversion import calibrate, convert, count_spikes, prepare, report, set_execution
+    from spikeplug.conversion import calibrate, convert, count_spikes, fit, observe, prepare, report, set_execution
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
     from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe, get_trainer
@@ -28,7 +28,7 @@ _HOME = {
     "architecture": ("Architecture",),
     "bundle": ("load", "save"),
     "config": ("ConversionConfig",),
-    "conversion": ("calibrate", "convert", "count_spikes", "prepare", "report", "set_execution"),
+    "conversion": ("calibrate", "convert", "count_spikes", "fit", "observe", "prepare", "report", "set_execution"),
     "errors": ("SpikeplugError",),
     "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
     "coverage": ("ConversionReport",),
@@ -52,6 +52,7 @@ __all__ = [
     "calibrate",
     "convert",
     "count_spikes",
+    "fit",
     "get_approximator",
     "get_encoder",
     "get_neuron",
@@ -60,6 +61,7 @@ __all__ = [
     "get_trainer",
     "hookimpl",
     "load",
+    "observe",
     "prepare",
     "report",
     "save",

@@ -110,24 +110,42 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatc
         CalibrationError: no batch, a site that no batch reached, or statistics that a code cannot be fitted to.
         NonFiniteError: a site saw NaN or infinity; the message names it.
     """
-    for site in sites(model).values():
-        if site.static and not site.observes:
-            site.set_params({name: tensor.to(_device(model)) for name, tensor in site.fit(None).items()})
-    observed = observe(model, batches, watch=watch)
-    found = sites(model)
-    for name, params in _fit({name: found[name] for name in observed}, observed, watch).items():
-        found[name].set_params(params)
+    return fit(model, observe(model, batches, watch=watch), watch=watch)
+
+
+def fit(model: nn.Module, observed: Mapping[str, ActivationStats], *, watch: Watch = unwatched) -> nn.Module:
+    """Fit and store every site's parameters to statistics that `observe` gave, of this model or one with such sites.
+
+    Raises:
+        CalibrationError: a site has no statistics, or some that its code cannot be fitted to.
+    """
+    _fit_domains(model)
+    waiting = {name: site for name, site in sites(model).items() if site.static and site.observes}
+    for name in waiting:
+        if name not in observed:
+            raise CalibrationError(f"there are no statistics of site '{name}': observe a model that has it")
+    for name, params in _fit(waiting, observed, watch).items():
+        waiting[name].set_params(params)
     return model
 
 
+def _fit_domains(model: nn.Module) -> None:
+    for site in sites(model).values():
+        if site.static and not site.observes and not site.calibrated:
+            site.set_params({name: tensor.to(_device(model)) for name, tensor in site.fit(None).items()})
+
+
 def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatched) -> dict[str, ActivationStats]:
-    """Run batches through a converted model as if it were dense, and return what every site saw, by its name.
+    """Run batches through a converted model whose sites pass on what comes; return what every site saw, by its name.
+
+    Operations that need no data for their fit are in spikes already.
 
     Raises:
         CalibrationError: no batch, or a site that no batch reached.
         NonFiniteError: a site saw NaN or infinity; the message names it.
     """
     config, architecture = config_of(model), architecture_of(model)
+    _fit_domains(model)
     observing = {name: site for name, site in sites(model).items() if site.static and site.observes}
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -160,7 +178,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _fit(
-    coders: dict[str, Coder], observed: dict[str, ActivationStats], watch: Watch
+    coders: dict[str, Coder], observed: Mapping[str, ActivationStats], watch: Watch
 ) -> dict[str, Mapping[str, Tensor]]:
     """Parameters by name, on the device of what was observed; coders of one `batch` are fitted together."""
     batches: dict[Hashable, list[str]] = {}

@@ -39,11 +39,10 @@ def demo(
         with progress() as watch:
             watch("loading", 0, 1)
             opened = architecture.open(model, dtype="auto", device="cpu")
-        rows = []
+        rows, measure = [], _Measure(architecture, calibration, test, seqlen, tokens, calibrate_tokens)
         for recipe in [None, *_fitting()]:
             try:
-                with progress() as watch:
-                    measure = _Measure(architecture, calibration, test, seqlen, tokens, calibrate_tokens, watch)
+                with progress() as measure.watch:
                     rows.append(measure(opened, recipe))
             except SpikeplugError as error:
                 if recipe is None:
@@ -114,22 +113,19 @@ class _Measure:
         seqlen: int,
         tokens: int,
         calibrate_tokens: int,
-        watch: Watch,
     ) -> None:
         self.architecture, self.calibration, self.test = architecture, calibration, test
-        self.seqlen, self.tokens, self.calibrate_tokens, self.watch = seqlen, tokens, calibrate_tokens, watch
+        self.seqlen, self.tokens, self.calibrate_tokens = seqlen, tokens, calibrate_tokens
+        self.watch: Watch = lambda stage, done, of: None
+        self.observed: dict[str, Any] = {}
 
     def __call__(self, dense: Opened, recipe: str | None) -> dict[str, Any]:
         from spikeplug.architecture import Opened
-        from spikeplug.conversion import convert
 
         opened, steps, code = dense, None, "floating point"
         if recipe is not None:
             opened = Opened(copy.deepcopy(dense.model), dense.tokenizer, dense.name)
-            batches = self.architecture.calibration(
-                opened, self.calibration, seqlen=self.seqlen, tokens=self.calibrate_tokens
-            )
-            convert(opened.model, recipe, calibration=batches, watch=self._named(recipe))
+            self._convert(opened, recipe)
             encoder, _ = opened.model.spikeplug_config.build()  # type: ignore[union-attr, operator]
             steps, code = encoder.steps, str(encoder)
         found = self.architecture.perplexity(
@@ -146,6 +142,27 @@ class _Measure:
             "macs_share": found.get("report", {}).get("macs_share", {}),
             "sentence": _continue(opened),
         }
+
+    def _convert(self, opened: Opened, recipe: str) -> None:
+        """What `spikeplug.convert` does; recipes with the same sites share what was observed at them."""
+        import spikeplug
+        from spikeplug.site import sites
+
+        config = spikeplug.ConversionConfig.resolve(recipe, {})
+        batches = self.architecture.calibration(
+            opened, self.calibration, seqlen=self.seqlen, tokens=self.calibrate_tokens, config=config
+        )
+        model = spikeplug.prepare(opened.model, config, batches)
+        watch = self._named(recipe)
+        waiting = {name for name, site in sites(model).items() if site.static and site.observes}
+        if config.passes or not waiting <= set(self.observed):
+            found = spikeplug.observe(model, batches, watch=watch)
+            if not config.passes:
+                self.observed.update(found)
+        else:
+            found = self.observed
+        spikeplug.fit(model, found, watch=watch)
+        spikeplug.set_execution(model, config.execution)
 
     def _named(self, recipe: str) -> Watch:
         return lambda stage, done, of: self.watch(f"{recipe}: {stage}", done, of)
