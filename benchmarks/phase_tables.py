@@ -132,7 +132,7 @@ def variants(bench: Bench) -> Iterator[list[str]]:
 def by_site(bench: Bench) -> Iterator[list[str]]:
     kinds = sorted({site.kind for site in bench.sites.values()})
     for steps in bench.arguments.steps:
-        for name in ("las", "base2-round"):
+        for name in bench.arguments.only or ("las", "base2-round"):
             for kind in kinds:
                 bench.code((kind,), steps, VARIANTS[name])
                 alone = bench.perplexity()
