@@ -64,7 +64,6 @@ class Bench:
         self.sites = {name: site for name, site in sites(self.model).items() if isinstance(site, Site)}
         self.stats = observe(self.model, batches)
         self.code("none", 16, {})
-        self.errors: dict[tuple[int, str], dict[str, float]] = {}
 
     def code(self, which: Any, steps: int, options: dict[str, Any]) -> float:
         """Code the sites of these kinds ("all", "none", or a tuple of kinds); return the seconds that fitting took."""

@@ -294,6 +294,13 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+def impulse(x: Tensor, steps: int) -> Iterator[Tensor]:
+    """`x` at t = 0 and silence afterwards: the drive of a neuron that is given its whole input at once."""
+    yield x
+    if steps > 1:
+        yield from itertools.repeat(torch.zeros_like(x), steps - 1)
+
+
 def straight_through(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """`value(x)` with the identity as its gradient (LASER, section 3.3)."""
     if torch.is_grad_enabled() and x.requires_grad:

@@ -298,3 +298,20 @@ def test_site_params_are_tensors_only():
     p = Phase().fit(ActivationStats.of(activations()))
     assert isinstance(p, CodeParams)
     assert all(isinstance(tensor, torch.Tensor) for tensor in p.tensors().values())
+
+
+@pytest.mark.parametrize("recipe", ["base2-round", "mgpc"])
+def test_error_of_a_later_site_names_that_site(recipe):
+    net = network()
+    with torch.no_grad():
+        net[0].weight.mul_(1e-40)
+        net[0].bias.zero_()
+    with pytest.raises(CalibrationError, match="site '2': "):
+        spikeplug.convert(net, recipe, calibration=[BATCH])
+
+
+def test_bad_options_of_the_trainer_are_refused():
+    with pytest.raises(OptionError, match="rounds=0"):
+        spikeplug.get_trainer("mgpc", rounds=0)
+    with pytest.raises(OptionError, match="allocation='odd': choose one of even, search"):
+        spikeplug.get_trainer("mgpc", allocation="odd")

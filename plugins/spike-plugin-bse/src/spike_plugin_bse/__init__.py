@@ -1,4 +1,4 @@
-"""Bit spike encoding (BSE) of LASER for Spikeplug. This module is the plugin; it imports nothing heavy."""
+"""LASER (BSE, ASNC, STE) for Spikeplug. This module is the plugin; it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikeplug.site import Coder
 from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams
+from spikeplug.types import CodeParams, impulse
 
 from .asnc import Fit, Function, Table, fit, patterns
 from .encoder import BSE
@@ -133,7 +133,7 @@ class Codec(Coder):
     def _stepped(self, ready: _Ready, i: Tensor, q: Tensor) -> Tensor:
         y = ready.bias.index_select(0, i)
         neuron = CodecIF(steps=self.options.steps)
-        for t, s in enumerate(neuron.stream(_impulse(q, neuron.steps))):
+        for t, s in enumerate(neuron.stream(impulse(q, neuron.steps))):
             self.count(s, q.numel() if t == 0 else 0, 1)
             y.addcmul_(ready.weights[t].index_select(0, i), s)
         return y
@@ -187,12 +187,6 @@ class _Ready(NamedTuple):
     fired: Tensor
     ends: list[list[float]]
     out: CodeParams
-
-
-def _impulse(q: Tensor, steps: int) -> Iterator[Tensor]:
-    """One impulse q at t = 0 (Eq. 4)."""
-    for t in range(steps):
-        yield q if t == 0 else torch.zeros_like(q)
 
 
 class _OwnGradient(torch.autograd.Function):

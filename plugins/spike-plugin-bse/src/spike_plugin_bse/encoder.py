@@ -13,7 +13,7 @@ from torch import Tensor
 from spikeplug.errors import CalibrationError, OptionError
 from spikeplug.rate import check_percentile, check_steps
 from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, Encoder, straight_through
+from spikeplug.types import CodeParams, Encoder, impulse, straight_through
 
 MAX_STEPS = 32
 GRANULARITIES = ("tensor", "channel", "token")
@@ -117,11 +117,7 @@ class BSE(Encoder):
         return q.mul_(p.scale.to(dtype).reciprocal()).round_().clamp_(0, self.top)
 
     def drive(self, x: Tensor, p: CodeParams) -> Iterator[Tensor]:
-        # Eq. 4: one impulse q at t = 0.
-        q = self.quantize(x, p)
-        silence = torch.zeros_like(q)
-        for t in range(self.steps):
-            yield q if t == 0 else silence
+        return impulse(self.quantize(x, p), self.steps)  # Eq. 4
 
     def encode(self, x: Tensor, p: CodeParams) -> Tensor:
         q = self.quantize(x, p).to(torch.int64)

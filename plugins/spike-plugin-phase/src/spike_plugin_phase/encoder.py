@@ -17,24 +17,45 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spikeplug.errors import CalibrationError, OptionError
 from spikeplug.rate import check_percentile, check_steps
 from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, Encoder, straight_through
+from spikeplug.types import CodeParams, Encoder, impulse, straight_through
 
 MAX_STEPS = 16
-CHOICES = {"rounding": ("nearest", "floor"), "clip": ("none", "mse"), "allocation": ("even", "search")}
-
-
-def check_learning(options: Any) -> None:
-    """Raise OptionError unless the options of Algorithm 1 are in range."""
-    for option in ("rounds", "inner_neuron", "inner_bases", "samples"):
-        if getattr(options, option) < 1:
-            raise OptionError(f"{option}={getattr(options, option)}: at least 1 is needed")
-    for option in ("lr_neuron", "lr_bases"):
-        if not 0 < getattr(options, option) < float("inf"):
-            raise OptionError(f"{option}={getattr(options, option)}: a positive number is needed")
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase(Encoder):
+class Learning:
+    """Options of Algorithms 1 and 2, which the code and the trainer share.
+
+    Args:
+        rounds, inner_neuron, inner_bases: N, N1 and N2 of Algorithm 1.
+        lr_neuron, lr_bases: η1 and η2, in units of the last step's worth.
+        samples: calibration values that are learned from.
+        allocation: which steps have which base: `even`, as even as can be; or `search` (Algorithm 2).
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    rounds: int = 16
+    inner_neuron: int = 5
+    inner_bases: int = 5
+    lr_neuron: float = 0.3
+    lr_bases: float = 0.3
+    samples: int = 10000
+    allocation: str = "even"
+
+    def __post_init__(self) -> None:
+        for option in ("rounds", "inner_neuron", "inner_bases", "samples"):
+            if getattr(self, option) < 1:
+                raise OptionError(f"{option}={getattr(self, option)}: at least 1 is needed")
+        for option in ("lr_neuron", "lr_bases"):
+            if not 0 < getattr(self, option) < float("inf"):
+                raise OptionError(f"{option}={getattr(self, option)}: a positive number is needed")
+        _choose(self, "allocation", ("even", "search"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase(Learning, Encoder):
     """Sign and magnitude: `v = |x| / scale`; at step t the neuron fires where `v >= θ(t)`, then `v -= h(t)` (Eq. 8).
 
     The value is `sign(x) * scale * sum_t d(t) s(t)`. Potential, thresholds and resets are whole multiples of
@@ -50,10 +71,7 @@ class Phase(Encoder):
         mask: steps from a window's first spike on that may fire, later spikes are dropped (appendix D.7); 0: all.
         percentile: share of the calibration values, in percent, whose magnitude the scale covers.
         clip: `none`, or `mse`: the scale is the share of that magnitude, 0.01 to 1, with the least squared error.
-        rounds, inner_neuron, inner_bases: N, N1 and N2 of Algorithm 1.
-        lr_neuron, lr_bases: η1 and η2, in units of the last step's worth.
-        samples: calibration values that are learned from.
-        allocation: which steps have which base: `even`, as even as can be; or `search` (Algorithm 2).
+        The others: as of `Learning`.
 
     Raises:
         OptionError: an option is out of range.
@@ -66,32 +84,24 @@ class Phase(Encoder):
     mask: int = 0
     percentile: float = 100.0
     clip: str = "none"
-    rounds: int = 16
-    inner_neuron: int = 5
-    inner_bases: int = 5
-    lr_neuron: float = 0.3
-    lr_bases: float = 0.3
-    samples: int = 10000
-    allocation: str = "even"
 
     name: ClassVar[str] = "phase"
     signed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_steps(self.steps, MAX_STEPS)
         check_percentile(self.percentile)
         if not 0 <= self.grains <= self.steps:
             raise OptionError(f"grains={self.grains}: a whole number from 0 to steps={self.steps} is needed")
-        for option, choices in CHOICES.items():
-            if getattr(self, option) not in choices:
-                raise OptionError(f"{option}='{getattr(self, option)}': choose one of {', '.join(choices)}")
+        _choose(self, "rounding", ("nearest", "floor"))
+        _choose(self, "clip", ("none", "mse"))
         if self.spikes not in (0, 1, 2):
             raise OptionError(f"spikes={self.spikes}: 1, 2, or 0 for any number is needed")
         if not 0 <= self.mask <= self.steps:
             raise OptionError(f"mask={self.mask}: a whole number from 0 to steps={self.steps} is needed")
         if self.spikes and self.grains:
             raise OptionError(f"spikes={self.spikes}: a code of grains={self.grains} fires any number, spikes=0")
-        check_learning(self)
 
     @property
     def fraction(self) -> int:
@@ -102,11 +112,11 @@ class Phase(Encoder):
         return p.extra["weight"].double()
 
     def fit(self, stats: ActivationStats) -> CodeParams:
-        return self.fit_all([stats])[0]
+        return self.fit_all([stats])[0] if self.grains else self.params_of(self.scale_for(stats), *self.start())
 
     def fit_all(self, stats: Sequence[ActivationStats]) -> list[CodeParams]:
         if not self.grains:
-            return [self.params_of(self.scale_for(each), *self.start()) for each in stats]
+            return super().fit_all(stats)
         from .trainer import learn_all
 
         return learn_all(self, stats)[0]
@@ -163,11 +173,7 @@ class Phase(Encoder):
         return x.abs().to(dtype).mul_(unit / p.scale.to(dtype)).floor_().clamp_(max=unit)
 
     def drive(self, x: Tensor, p: CodeParams) -> Iterator[Tensor]:
-        # One impulse at t = 0 with the sign of x (Eq. 1).
-        v = self.potential(x, p) * torch.sign(x)
-        silence = torch.zeros_like(v)
-        for t in range(self.steps):
-            yield v if t == 0 else silence
+        return impulse(self.potential(x, p) * torch.sign(x), self.steps)  # Eq. 1, with the sign of x
 
     def encode(self, x: Tensor, p: CodeParams) -> Tensor:
         spikes = self._tables(p)[1][:, self.potential(x, p).to(torch.int64)]
@@ -211,6 +217,11 @@ class Phase(Encoder):
             _TABLES[weight] = kept
         tables: tuple[Tensor, Tensor, Tensor] = kept[1]
         return tables
+
+
+def _choose(options: Any, option: str, choices: tuple[str, ...]) -> None:
+    if getattr(options, option) not in choices:
+        raise OptionError(f"{option}='{getattr(options, option)}': choose one of {', '.join(choices)}")
 
 
 _TABLES = WeakTensorKeyDictionary()

@@ -17,7 +17,7 @@ from spikeplug.site import Site, sites
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams
 
-from .encoder import Phase
+from .encoder import Learning, Phase
 
 CHUNK = 8
 """Sites that learn together on a CPU: their tensors then stay in its cache."""
@@ -54,15 +54,17 @@ def learn_all(
     Raises:
         CalibrationError: a site saw one value only; `index` says which.
     """
-    scales = [code.scale_for(each) for each in stats]
+    scales, rounding = [], []
     for index, each in enumerate(stats):
-        if float(each.low.min()) == float(each.high.max()):
-            with indexed(index):
+        with indexed(index):
+            if float(each.low.min()) == float(each.high.max()):
                 raise CalibrationError(f"every activation seen is {float(each.low.min()):g}: nothing can be learned")
+            scales.append(code.scale_for(each))
+            rounding.append(code.params_of(scales[-1], *code.start()))
     magnitudes = [each.values.double().abs() / scale for each, scale in zip(stats, scales, strict=True)]
     learned, params = learn(code, magnitudes, watch), []
-    for scale, x, own in zip(scales, magnitudes, learned, strict=True):
-        choices = [code.params_of(scale, *code.start()), code.params_of(scale, own.threshold, own.reset, own.weight)]
+    for scale, start, x, own in zip(scales, rounding, magnitudes, learned, strict=True):
+        choices = [start, code.params_of(scale, own.threshold, own.reset, own.weight)]
         errors = [float((code.fused(x * scale, p) - x * scale).square().mean()) for p in choices]
         # What was learned was put on a grid since, and meets more values here than it was learned from.
         params.append(choices[errors[1] < errors[0]])
@@ -253,21 +255,14 @@ class _Adam:
 
 
 @dataclasses.dataclass(frozen=True)
-class MGPC:
+class MGPC(Learning):
     """Trainer: learns the phase neurons of a converted model anew, from the activations of some batches.
 
     Args:
-        grains, rounds, inner_neuron, inner_bases, lr_neuron, lr_bases, samples, allocation: as of `Phase`.
+        grains: as of `Phase`. The others: as of `Learning`.
     """
 
     grains: int = 2
-    rounds: int = 16
-    inner_neuron: int = 5
-    inner_bases: int = 5
-    lr_neuron: float = 0.3
-    lr_bases: float = 0.3
-    samples: int = 10000
-    allocation: str = "even"
 
     name: ClassVar[str] = "mgpc"
 
