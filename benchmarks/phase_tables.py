@@ -55,6 +55,7 @@ class Bench:
         self.opened = self.architecture.open(arguments.model, dtype="auto", device="cpu")
         self.dense = self._measure()
         passes = ["rotate", "prefix"] if arguments.bits is None else ["rotate", "quantize-weights", "prefix"]
+        passes += ["defer-softmax"] if arguments.defer else []
         options = {"quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64}}
         config = ConversionConfig.resolve("base2-round", {"passes": passes, "pass_options": options})
         batches = self.architecture.calibration(
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=lambda text: [int(each) for each in text.split(",")], default=[6, 8, 10])
     parser.add_argument("--only", action="append", help="name of a variant; may be given several times")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the weights first (4 bits: groups of 64)")
+    parser.add_argument("--defer", action="store_true", help="also apply defer-softmax")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=5120)
     parser.add_argument("--calibrate-tokens", type=int, default=8192)

@@ -30,6 +30,7 @@ def spikeplug_passes() -> dict[str, str]:
     return {
         "rotate": "spikeplug_transformers.rotate:Rotate",
         "prefix": "spikeplug_transformers.prefix:Prefix",
+        "defer-softmax": "spikeplug_transformers.defer:DeferSoftmax",
         "quantize-weights": "spikeplug_transformers.weights:QuantizeWeights",
     }
 

@@ -1,11 +1,13 @@
 """Attention on coded operands: q, k, v and the probabilities are carried by spikes.
 
-A product of two activations is decoded, multiplied and coded again at the next site (LASER, section 3.1).
+Fused, a product of two activations is that of their decoded values, and is coded again at the next site (LASER, section
+3.1). Stepped, every step's spikes meet the sums of the other operand's so far (MGPC, Eq. 51).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from spikeplug.errors import ConversionError
+from spikeplug.products import contributions, matrix_product
+from spikeplug.site import Site
+from spikeplug.types import CodeParams
 
 IMPLEMENTATION = "spikeplug"
 """Name of this attention in transformers' registry."""
@@ -28,6 +33,9 @@ OPERANDS = {
 
 PREFIX = ("prefix_key", "prefix_value")
 """Buffers of an attention block that hold keys and values `[H_kv, P, D]` of the prefix, where there is one."""
+
+DEFERRED = "spikeplug_deferred"
+"""Attribute of an attention block whose softmax is divided behind the product with v (the pass `defer-softmax`)."""
 
 REFUSED = ("softcap", "s_aux", "head_mask", "position_bias")
 """Arguments of transformers' attention functions that change the result and have no form here."""
@@ -51,7 +59,8 @@ def spiking_attention(
         attention_mask: additive, `[B, 1, S, K]`.
 
     Returns:
-        The output `[B, S, H, D]` and the coded probabilities `[B, H, S, K]`.
+        The output `[B, S, H, D]`; and the coded probabilities `[B, H, S, K]`, or None where they never exist as
+        numbers: in stepped execution, and where the division of softmax is deferred.
 
     Raises:
         ConversionError: an argument would change the result and has no form here.
@@ -61,30 +70,106 @@ def spiking_attention(
         if argument is not None:
             raise ConversionError(f"attention with {name}={argument!r} has no coded form: exclude the attention sites")
     batch, heads, length, size = query.shape
-    groups = heads // key.shape[1]
+    kv_heads = key.shape[1]
     new = _new_positions(length, key.shape[2], attention_mask)
-    query = _coded(module, "query", query)
-    key = _coded(module, "key", key, new)
-    value = _coded(module, "value", value, new)
-    if hasattr(module, PREFIX[0]):
-        # The prefix is seen by every token, and stays in floating point.
-        key, value = (
-            torch.cat([kept.to(each.dtype).expand(batch, -1, -1, -1), each], dim=2)
-            for kept, each in zip((module.prefix_key, module.prefix_value), (key, value), strict=True)
-        )
-        if attention_mask is not None:
-            attention_mask = F.pad(attention_mask, (module.prefix_key.shape[1], 0))
+    ahead = [getattr(module, name).to(key.dtype) for name in PREFIX if hasattr(module, name)]
+    if ahead and attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (ahead[0].shape[1], 0))
+    deferred = getattr(module, DEFERRED, False)
 
     # One product for the query heads that share a key head: [B, H_kv, groups * S, D] x [B, H_kv, D, K].
-    rows = (query * scaling).reshape(batch, -1, groups * length, size)
-    scores = torch.matmul(rows, key.transpose(2, 3)).view(batch, heads, length, -1)
+    def rows(x: Tensor, _: int) -> Tensor:
+        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+    def queries(x: Tensor, step: int) -> Tensor:
+        return rows(x * scaling, step)
+
+    def keys(x: Tensor, step: int) -> Tensor:
+        return _behind(ahead[0], x, step) if ahead else x
+
+    def values(x: Tensor, step: int) -> Tensor:
+        x = _behind(ahead[1], x, step) if ahead else x
+        # A column of ones sums the coded probabilities.
+        return F.pad(x, (0, 1), value=float(step == 0)).mT if deferred else x.mT
+
+    scores, _ = _product(_Operand(module, "query", query, queries), _Operand(module, "key", key, keys, new))
+    scores = scores.view(batch, heads, length, -1)
     if attention_mask is not None:
         scores = scores.add_(attention_mask)
     probabilities = module.softmax(scores)
+    if deferred:
+        probabilities = probabilities / probabilities.amax(-1, keepdim=True)
     probabilities = F.dropout(probabilities, dropout, module.training)
-    coded = _coded(module, "probabilities", probabilities).to(query.dtype)
-    output = torch.matmul(coded.view(batch, -1, groups * length, coded.shape[-1]), value)
-    return output.view(batch, heads, length, size).transpose(1, 2).contiguous(), coded
+    output, coded = _product(
+        _Operand(module, "probabilities", probabilities, rows), _Operand(module, "value", value, values, new)
+    )
+    if deferred:
+        output, coded = output[..., :size] / output[..., size:], None
+    output = output.to(query.dtype).view(batch, heads, length, size).transpose(1, 2).contiguous()
+    return output, coded if coded is None else coded.view(batch, heads, length, -1)
+
+
+class _Operand(NamedTuple):
+    """One operand of a product of activations.
+
+    Attributes:
+        shaped: how a tensor `[B, H, S, D]` enters the product, and of which step; what is added to the operand, as the
+            prefix is, comes with step 0.
+        new: as of `Site.forward`.
+    """
+
+    module: nn.Module
+    kind: str
+    x: Tensor
+    shaped: Callable[[Tensor, int], Tensor]
+    new: slice | None = None
+
+    @property
+    def site(self) -> Site | None:
+        return _site(self.module, self.kind)
+
+    def coded(self) -> Tensor:
+        x = self.x if self.site is None else self.site(self.x, self.new)
+        return self.shaped(x, 0)
+
+    def steps(self, p: CodeParams, spikes: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Contributions of the steps, shaped."""
+        assert self.site is not None
+        for step, worth in enumerate(contributions(self.site.encoder, p, spikes)):
+            yield self.shaped(worth, step)
+
+
+def _product(a: _Operand, b: _Operand) -> tuple[Tensor, Tensor | None]:
+    """`A Bᵀ` of two coded operands; and A, coded, where it was decoded."""
+    gradient = torch.is_grad_enabled() and (a.x.requires_grad or b.x.requires_grad)
+    if _stepped(a.site) and _stepped(b.site) and not gradient:
+        total: Tensor = a.site(
+            a.x,
+            a.new,
+            lambda p, spikes: b.site(
+                b.x, b.new, lambda q, others: _sum(matrix_product(a.steps(p, spikes), b.steps(q, others)))
+            ),
+        )
+        return total.to(a.x.dtype), None
+    coded, other = a.coded(), b.coded()
+    return torch.matmul(coded.to(other.dtype), other.mT), coded
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for each in parts:
+        total += each
+    return total
+
+
+def _stepped(site: Site | None) -> bool:
+    return site is not None and site.execution == "stepped" and site.observer is None
+
+
+def _behind(prefix: Tensor, x: Tensor, step: int) -> Tensor:
+    """The prefix `[H_kv, P, D]`, which is floating point and seen by every token, ahead of `x`."""
+    ahead = prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1)
+    return torch.cat([ahead if step == 0 else torch.zeros_like(ahead), x], dim=2)
 
 
 class Softmax(nn.Module):
@@ -93,6 +178,12 @@ class Softmax(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """`[..., K] -> [..., K]`."""
         return F.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def plain_softmax(block: nn.Module) -> None:
+    """Give an attention block the softmax that our attention calls, unless it has one."""
+    if not hasattr(block, "softmax"):
+        block.softmax = Softmax()
 
 
 def _new_positions(length: int, total: int, mask: Tensor | None) -> slice | None:
@@ -108,12 +199,8 @@ def _new_positions(length: int, total: int, mask: Tensor | None) -> slice | None
     return slice(end - length, end)
 
 
-def _coded(module: nn.Module, kind: str, x: Tensor, new: slice | None = None) -> Tensor:
-    site = getattr(module, f"{kind}_site", None)
-    if site is None:
-        return x
-    coded: Tensor = site(x, new)
-    return coded
+def _site(module: nn.Module, kind: str) -> Site | None:
+    return getattr(module, f"{kind}_site", None)
 
 
 def refuse_other_attention(module: nn.Module, *_: Any) -> None:

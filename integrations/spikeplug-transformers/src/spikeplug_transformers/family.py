@@ -15,7 +15,7 @@ from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_s
 from spikeplug.nonlinear import approximate, labels_of, within
 from spikeplug.site import Coder, Site
 
-from .attention import OPERANDS, Softmax, refuse_other_attention
+from .attention import DEFERRED, OPERANDS, Softmax, refuse_other_attention
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `config.model_type` whose layers are known to be those of LLAMA_LAYER."""
@@ -134,7 +134,7 @@ ELSEWHERE = {"input", "embedding", "head", "ffn", "activation", "norm"}
 
 def needs_our_attention(config: ConversionConfig) -> bool:
     """Whether attention must go through our implementation: an operand may be coded, or softmax approximated."""
-    if "prefix" in config.passes:
+    if {"prefix", "defer-softmax"} & set(config.passes):
         return True
     exact = config.approximator("softmax") == "exact" or "softmax" in config.exclude
     excluded = "attention" in config.exclude or (exact and set(OPERANDS) <= set(config.exclude))
@@ -197,4 +197,6 @@ def _products(name: str, attention: Any) -> Iterator[Op]:
         note = next((dynamic_note(site.encoder) for site in found if site is not None), "")
         if coded and role == "dense":
             note = "one operand is coded, the other excluded: the product counts as dense"
+        if product == "p·v" and getattr(attention, DEFERRED, False):
+            note = "; ".join(filter(None, [note, "divided by the sum of its coded weights (defer-softmax)"]))
         yield Op(f"{name}.{product}", "product of activations", role, macs, coded[0] if coded else "", note)

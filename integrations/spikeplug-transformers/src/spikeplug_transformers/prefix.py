@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 
-from .attention import IMPLEMENTATION, PREFIX, Softmax
+from .attention import IMPLEMENTATION, PREFIX, plain_softmax
 from .family import attention_blocks, refuse_strangers
 
 
@@ -82,8 +82,7 @@ class Prefix:
     def skeleton(self, model: Any) -> None:
         """Put in place what attention by the implementation that sees the prefix needs."""
         for _, block in attention_blocks(model):
-            if not hasattr(block, "softmax"):
-                block.softmax = Softmax()
+            plain_softmax(block)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from spike_plugin_phase.encoder import Phase
-from spike_plugin_phase.products import accumulated, contributions, hadamard, matrix_product
+from spikeplug.products import accumulated, contributions, hadamard, matrix_product
 from spikeplug import ActivationStats
 
 
@@ -19,7 +19,7 @@ def coded(request):
     def coded(*shape):
         x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
         p = code.fit(ActivationStats.of(x, ()))
-        return contributions(code, x, p), code.fused(x, p)
+        return list(contributions(code, p, code.encode(x, p))), code.fused(x, p)
 
     return coded
 

@@ -6,6 +6,7 @@ Each function gives the contributions of the result, whose sum is the fused resu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -14,23 +15,33 @@ from torch import Tensor
 from spikeplug.types import CodeParams, Encoder
 
 
-def contributions(encoder: Encoder, x: Tensor, p: CodeParams) -> list[Tensor]:
-    """What the spikes of every step of `x` are worth, T tensors `[*S]`; a code's offset comes with the first."""
-    spikes, weights = encoder.encode(x, p), encoder.weights(p).tolist()
-    found = [p.scale.to(x.dtype) * d * s for d, s in zip(weights, spikes, strict=True)]
-    return [found[0] + p.offset.to(x.dtype), *found[1:]]
+def contributions(encoder: Encoder, p: CodeParams, spikes: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What the spikes of every step are worth, T tensors `[*S]`; a code's offset comes with the first step."""
+    for step, (d, s) in enumerate(zip(encoder.weights(p).tolist(), spikes, strict=True)):
+        dtype = torch.promote_types(s.dtype, p.scale.dtype)
+        worth = s.to(dtype) * (d * p.scale.to(dtype))
+        yield worth if step else worth + p.offset.to(dtype)
 
 
 def matrix_product(q: Iterable[Tensor], k: Iterable[Tensor]) -> Iterator[Tensor]:
     """`Q Kᵀ` step by step (Eq. 51): `S_Q(t) K(t)ᵀ + Q(t) S_K(t)ᵀ - Q(t) K(t)ᵀ`, S the sums up to step t.
 
     Args:
-        q, k: T tensors `[..., S, D]` and `[..., K, D]`.
+        q, k: tensors `[..., S, D]` and `[..., K, D]`, one a step; the shorter window is silent afterwards.
     """
     sum_q = sum_k = torch.zeros(())
-    for now_q, now_k in zip(q, k, strict=True):
-        sum_q, sum_k = sum_q + now_q, sum_k + now_k
-        yield sum_q @ now_k.mT + now_q @ sum_k.mT - now_q @ now_k.mT
+    for step, (now_q, now_k) in enumerate(itertools.zip_longest(q, k)):
+        if step == 0:
+            sum_q, sum_k = now_q, now_k
+            yield now_q @ now_k.mT
+        elif now_k is None:
+            yield now_q @ sum_k.mT
+        elif now_q is None:
+            yield sum_q @ now_k.mT
+        else:
+            # S_Q(t) K(t)ᵀ - Q(t) K(t)ᵀ is the sum up to the step before, times K(t)ᵀ: one product less.
+            before, sum_q, sum_k = sum_q, sum_q + now_q, sum_k + now_k
+            yield before @ now_k.mT + now_q @ sum_k.mT
 
 
 def hadamard(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[Tensor]:
