@@ -255,3 +255,29 @@ def test_demo_compares_every_recipe(cli, dense_folder, tmp_path):
     page = (tmp_path / "page" / "index.html").read_text()
     assert "<svg" in page
     assert all(name in page for name in names)
+
+
+def test_convert_keeps_what_sites_saw_for_another_recipe(cli, dense_folder, text, tmp_path):
+    common = ["--calibrate", text, "--seqlen", 32, "--observed", tmp_path / "seen.safetensors"]
+    assert cli("convert", dense_folder, "--recipe", "bse", *common, "--out", tmp_path / "a")[0] == 0
+    written = (tmp_path / "seen.safetensors").stat().st_mtime_ns
+    assert cli("convert", dense_folder, "--recipe", "las", *common, "--out", tmp_path / "b")[0] == 0
+    assert (tmp_path / "seen.safetensors").stat().st_mtime_ns == written
+    code, _, err = cli(
+        "convert", dense_folder, "--recipe", "las", "-s", "passes=rotate", *common, "--out", tmp_path / "c"
+    )
+    assert code == 1
+    assert "was observed on another model: observe this one anew, into another file" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_eval_prints_energy_with_its_assumptions(cli, dense_folder, text, tmp_path):
+    cli("convert", dense_folder, "--recipe", "bse", "--calibrate", text, "--seqlen", 32, "--out", tmp_path / "a")
+    code, out, _ = cli("eval", tmp_path / "a", "--ppl", text, "--seqlen", 32)
+    assert code == 0
+    assert "x dense" in out
+    assert "mac 4.6 pJ" in out
+    found = cli("eval", tmp_path / "a", "--ppl", text, "--seqlen", 32, "--json")[1]["energy"]
+    assert found["ratio"] > 0
+    assert found["macs"] > 0
+    assert found["acs"] > 0

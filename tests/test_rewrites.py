@@ -109,7 +109,8 @@ def test_outlier_tokens_are_found(build, ids):
 @pytest.mark.parametrize("recipe", ["bse", "mgpc", "laser"])
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
 def test_both_passes_convert_reload_and_generate(build, ids, tmp_path, family, recipe):
-    options = {"passes": ["rotate", "prefix"], "pass_options": {"prefix": {"tokens": [5, 1]}, "rotate": {"seed": 2}}}
+    passes = ["rotate", "prefix"] if recipe == "bse" else ["rotate", "prefix", "defer-softmax"]
+    options = {"passes": passes, "pass_options": {"prefix": {"tokens": [5, 1]}, "rotate": {"seed": 2}}}
     dense = build(family)
     spikeplug.get_pass("prefix", tokens=(5, 1)).apply(dense)
     model = spikeplug.convert(build(family), recipe, calibration=[ids], steps=12, **options)
@@ -126,6 +127,71 @@ def test_both_passes_convert_reload_and_generate(build, ids, tmp_path, family, r
     online = [op for op in spikeplug.report(model).ops if op.type == "OnlineRotation"]
     assert [op.macs for op in online] == [48 * (6 + 8)] * 2 or all(op.macs > 0 for op in online)
     assert set(sites(model)) == set(sites(loaded))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deferring_the_division_of_softmax_keeps_the_logits(build, ids, family):
+    model = build(family)
+    before = model(ids).logits.detach()
+    spikeplug.get_pass("defer-softmax").apply(model)
+    after = model(ids).logits.detach()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+    assert not torch.equal(after, before)
+
+
+def test_deferred_weights_fill_every_row_and_lose_less(build, ids):
+    """The code sees 1 in every row; rounding down at few steps, the division makes good what small weights lose."""
+
+    def error(*passes):
+        model = spikeplug.convert(
+            build(), "las", calibration=[ids], steps=5, include=["probabilities"], passes=list(passes)
+        )
+        seen = spikeplug.observe(model, [ids])["model.layers.0.self_attn.probabilities"]
+        peaks = seen.rows.max() if not passes else seen.high
+        return float((model(ids).logits.detach() - dense).norm() / dense.norm()), float(peaks.min())
+
+    dense = build()(ids).logits.detach()
+    (plain, _), (deferred, peak) = error(), error("defer-softmax")
+    assert peak == 1
+    assert 0 < deferred < 0.7 * plain
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("passes", [["prefix"], ["prefix", "defer-softmax"]], ids=str)
+def test_products_step_by_step_equal_the_decoded_ones(build, ids, family, passes, monkeypatch):
+    """Eq. 51 through q·k and p·v, with a prefix, grouped heads, other numbers of steps, and a cache."""
+    from spikeplug_transformers import attention
+
+    steps = []
+    original = attention.matrix_product
+    monkeypatch.setattr(attention, "matrix_product", lambda q, k: steps.append(1) or original(q, k))
+    model = spikeplug.convert(
+        build(family).double(),
+        "base2-round",
+        calibration=[ids],
+        steps=6,
+        overrides={"probabilities": {"steps": 9}},
+        passes=passes,
+        pass_options={"prefix": {"tokens": [5, 1]}},
+    )
+    with torch.no_grad():
+        fused = model(ids).logits
+        assert not steps
+        spikeplug.set_execution(model, "stepped")
+        torch.testing.assert_close(model(ids).logits, fused, rtol=1e-9, atol=1e-9)
+        assert len(steps) == 2 * len(model.model.layers)
+        first = model(ids[:, :15], use_cache=True)
+        rest = model(ids[:, 15:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(rest, fused[:, 15:], rtol=1e-9, atol=1e-9)
+    # The gradient of a training step is that of the decoded products.
+    gradients = []
+    for execution in ("stepped", "fused"):
+        spikeplug.set_execution(model, execution)
+        model.zero_grad()
+        model(ids).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0
 
 
 def test_prefix_without_data_or_bos_says_what_to_give(build, ids):

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from spikeplug.bundle import load, save
     from spikeplug.config import ConversionConfig
     from spikeplug.conversion import calibrate, convert, count_spikes, fit, observe, prepare, report, set_execution
+    from spikeplug.costs import CostModel, EnergyReport, energy
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
+    from spikeplug.observed import load_observed, save_observed
     from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe, get_trainer
     from spikeplug.stats import ActivationStats
     from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
@@ -29,7 +31,9 @@ _HOME = {
     "bundle": ("load", "save"),
     "config": ("ConversionConfig",),
     "conversion": ("calibrate", "convert", "count_spikes", "fit", "observe", "prepare", "report", "set_execution"),
+    "costs": ("CostModel", "EnergyReport", "energy"),
     "errors": ("SpikeplugError",),
+    "observed": ("load_observed", "save_observed"),
     "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
     "coverage": ("ConversionReport",),
     "stats": ("ActivationStats",),
@@ -44,7 +48,9 @@ __all__ = [
     "CodeParams",
     "ConversionConfig",
     "ConversionReport",
+    "CostModel",
     "Encoder",
+    "EnergyReport",
     "Neuron",
     "Recipe",
     "SpikeplugError",
@@ -52,6 +58,7 @@ __all__ = [
     "calibrate",
     "convert",
     "count_spikes",
+    "energy",
     "fit",
     "get_approximator",
     "get_encoder",
@@ -61,10 +68,12 @@ __all__ = [
     "get_trainer",
     "hookimpl",
     "load",
+    "load_observed",
     "observe",
     "prepare",
     "report",
     "save",
+    "save_observed",
     "set_execution",
 ]
 

@@ -50,6 +50,10 @@ class Architecture(ABC):
         else:
             model(batch)
 
+    @abstractmethod
+    def units(self, batch: Any) -> int:
+        """How many of what the report counts MACs for are in a batch: samples, tokens."""
+
     def loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
         """What a trainer lowers, `[]`: the cross-entropy of a batch `(inputs, targets)` of a classifier."""
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -16,8 +16,8 @@ from torch import nn
 
 import spikeplug
 from spikeplug import plugins
-from spikeplug.config import ConversionConfig
-from spikeplug.conversion import architecture_of, config_of, set_execution
+from spikeplug.config import ConversionConfig, config_of
+from spikeplug.conversion import architecture_of, set_execution
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.site import sites
 

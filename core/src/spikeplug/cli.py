@@ -175,6 +175,9 @@ def convert_command(
     setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the recipe.")] = [],  # noqa: B006
     calibrate_tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 16384,
     seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    observed: Annotated[
+        Path | None, typer.Option(help="File to keep what sites saw in; read where it exists, for another recipe.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -192,7 +195,7 @@ def convert_command(
     opened = architecture.open(model, dtype=dtype, device=device)
     batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens, config=config)
     with progress() as watch:
-        convert(opened.model, config, calibration=batches, watch=watch)
+        convert(opened.model, config, calibration=batches, observed=observed, watch=watch)
     save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
     found = report(opened.model)
     if as_json:
@@ -232,6 +235,10 @@ def eval_command(
     typer.echo(f"speed      {result['tokens_per_second']:.1f} tokens/s{counted}")
     if "spikes" in result:
         typer.echo(f"spikes     {result['spikes']['per_token']:,.0f} per token, {result['spikes']['total']:,} in all")
+        found = result["energy"]
+        memory = f"{found['ratio_with_memory']:.3f} x with memory and neurons"
+        typer.echo(f"energy     {found['ratio']:.3f} x dense, {memory}")
+        typer.echo(f"           {found['assumptions']}")
 
 
 @app.command("train")

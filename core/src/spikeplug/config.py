@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from spikeplug import plugins
-from spikeplug.errors import OptionError, listed, nearest
+from spikeplug.errors import ConversionError, OptionError, listed, nearest
 from spikeplug.stats import ActivationStats
 from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Pass, Recipe
 
@@ -207,6 +207,14 @@ class ConversionConfig(pydantic.BaseModel):
                         f"{key}='{pattern}' matches nothing{nearest(pattern, words | set(names))} "
                         f"Kinds and subsystems: {listed(words)}"
                     )
+
+
+def config_of(model: torch.nn.Module) -> ConversionConfig:
+    """The configuration of a converted model. Raises ConversionError when it is none."""
+    config = getattr(model, "spikeplug_config", None)
+    if not isinstance(config, ConversionConfig):
+        raise ConversionError(f"{type(model).__name__} is no converted model: convert it with spikeplug.convert first")
+    return config
 
 
 def _matches(patterns: tuple[str, ...], name: str, labels: tuple[str, ...]) -> bool:

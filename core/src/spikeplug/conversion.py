@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from spikeplug import plugins
 from spikeplug.architecture import Architecture, Watch, unwatched
-from spikeplug.config import ConversionConfig
+from spikeplug.config import ConversionConfig, config_of
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
+from spikeplug.observed import load_observed, save_observed
 from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
@@ -41,6 +43,7 @@ def convert(
     recipe: str | Recipe | ConversionConfig,
     *,
     calibration: Iterable[Any] | None = None,
+    observed: str | os.PathLike[str] | None = None,
     watch: Watch = unwatched,
     **options: Any,
 ) -> nn.Module:
@@ -50,13 +53,16 @@ def convert(
         model: what to convert: a plain PyTorch model, or one of a kind whose plugin is installed.
         recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
         calibration: batches as the model takes them: a tensor, a tuple of arguments, or a dict of named ones.
+        observed: file of what the sites see in the calibration data: read where it exists, else written, so that other
+            recipes for this model need no second pass over the data.
         watch: called with the stage, the batches or sites done and their number, to show progress.
         options: options of the recipe's code (`steps=8`) or keys of ConversionConfig (`exclude=["head"]`).
 
     Raises:
         UnknownNameError, OptionError: the recipe or an option is not known or out of range.
         CalibrationError: the code needs calibration and none was given; or calibration failed, and the model is left
-            with sites that wait for `spikeplug.calibrate`.
+            with sites that wait for `spikeplug.calibrate`; or the file is of another model or other data.
+        BundleError: the file cannot be read or written.
         NonFiniteError: a weight is NaN or infinite; the message names it.
         ConversionError: the model cannot be converted; the message names the part.
     """
@@ -71,14 +77,26 @@ def convert(
             "call spikeplug.calibrate(model, batches)"
         )
     _refuse_nonfinite(model)
-    if config.passes and calibration is not None:
-        calibration = list(calibration)  # read twice: by the passes, and to calibrate
+    if calibration is not None and (config.passes or observed is not None):
+        calibration = list(calibration)  # read twice: by the passes or to know them again, and to calibrate
         model = prepare(model, config, calibration)
     else:
         model = prepare(model, config)
     if calibration is not None:
-        calibrate(model, calibration, watch=watch)
+        fit(model, _seen(model, calibration, observed, watch), watch=watch)
     return set_execution(model, config.execution)
+
+
+def _seen(
+    model: nn.Module, batches: Iterable[Any], path: str | os.PathLike[str] | None, watch: Watch
+) -> dict[str, ActivationStats]:
+    if path is None:
+        return observe(model, batches, watch=watch)
+    if os.path.exists(path):
+        return load_observed(path, model, batches)
+    found = observe(model, batches, watch=watch)
+    save_observed(found, path, model, batches)
+    return found
 
 
 def _refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Architecture) -> None:
@@ -253,14 +271,6 @@ def report(model: nn.Module) -> ConversionReport:
     """What became of every operation of a converted model. Raises ConversionError when it is not converted."""
     sites(model)
     return architecture_of(model).report(model)
-
-
-def config_of(model: nn.Module) -> ConversionConfig:
-    """The configuration of a converted model. Raises ConversionError when it is none."""
-    config = getattr(model, "spikeplug_config", None)
-    if not isinstance(config, ConversionConfig):
-        raise ConversionError(f"{type(model).__name__} is no converted model: convert it with spikeplug.convert first")
-    return config
 
 
 def _refuse_nonfinite(model: nn.Module) -> None:

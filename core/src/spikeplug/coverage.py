@@ -29,6 +29,7 @@ class Op:
         macs: multiply-accumulates of the dense operation for one `unit`; None where it is not known.
         code: the code of its input, empty when it has none.
         note: what a reader should know.
+        site: name of the site whose spikes it receives, empty when it receives none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Op:
     macs: int | None = 0
     code: str = ""
     note: str = ""
+    site: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ class ConversionReport:
         rows = [f"  {op.role:<12} {op.name} ({op.type}{', ' + op.code if op.code else ''})" for op in self.ops]
         extra = f", {decoded:.1%} decoded products" if decoded else ""
         return "\n".join([f"recipe {self.recipe}: {spiking} of the MACs per {self.unit} are spiking{extra}", *rows])
+
+
+def spiking_op(name: str, kind: str, macs: int | None, site: Any) -> Op:
+    """The operation of a weighted layer that receives the spikes of a site."""
+    return Op(name, kind, "spiking", macs, str(site.encoder), dynamic_note(site.encoder), site.name)
 
 
 def dynamic_note(encoder: Encoder) -> str:

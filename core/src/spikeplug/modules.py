@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport, Op, dynamic_note
+from spikeplug.coverage import ConversionReport, Op, spiking_op
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.nonlinear import OPS, approximate, labels_of, within
@@ -92,6 +92,9 @@ class ModuleTree(Architecture):
             path = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
             model.spikeplug_macs[path] = sum(flops.values()) // 2 // size  # type: ignore[operator, index]
 
+    def units(self, batch: Any) -> int:
+        return _batch_size(batch)
+
     def report(self, model: nn.Module) -> ConversionReport:
         config: ConversionConfig = model.spikeplug_config  # type: ignore[assignment]
         return ConversionReport(config.recipe, tuple(_ops(model)), "sample")
@@ -149,8 +152,7 @@ def _ops(model: Any) -> Iterator[Op]:
         if within(name, model.spikeplug_approximated):
             continue
         if isinstance(module, SpikingLayer):
-            encoder = module.source.encoder
-            yield Op(name, kind.removeprefix("Spiking"), "spiking", count, str(encoder), dynamic_note(encoder))
+            yield spiking_op(name, kind.removeprefix("Spiking"), count, module.source)
         elif name in model.spikeplug_approximated:
             yield Op(name, model.spikeplug_approximated[name], "approximated", 0, kind)
         elif name in model.spikeplug_folded:

@@ -69,6 +69,11 @@ class Encoder(ABC):
         """Whether the parameters are those of calibration; a dynamic code computes them from each activation."""
         return True
 
+    @property
+    def updates(self) -> int:
+        """Updates that a neuron of this code costs in one step, in those of a plain integrate-and-fire neuron."""
+        return 1
+
     @abstractmethod
     def weights(self, p: CodeParams) -> Tensor:
         """Decode weights d(t), float64 `[T]`; of the code, or what was learned for these parameters."""

@@ -315,3 +315,44 @@ def test_bad_options_of_the_trainer_are_refused():
         spikeplug.get_trainer("mgpc", rounds=0)
     with pytest.raises(OptionError, match="allocation='odd': choose one of even, search"):
         spikeplug.get_trainer("mgpc", allocation="odd")
+
+
+def test_bases_of_ones_own_by_hand():
+    code = Phase(steps=3, bases=(4.0,), rounding="floor")
+    p = code.fit(ActivationStats.of(torch.tensor([0.0, 1.0]), ()))
+    # All spikes are worth 1/4 + 1/16 + 1/64, and one more of the last makes 22/64: the scale lets 1 be that much.
+    assert float(p.scale) == pytest.approx(64 / 22)
+    x = torch.tensor([17.0, 21.0, 4.5, 0.9]) / 22
+    assert code.encode(x, p).T.tolist() == [[1, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert (code.fused(x, p) * 22).tolist() == pytest.approx([17, 21, 4, 0], abs=1e-4)
+    mixed = Phase(steps=4, bases=(2.0, 1.5))
+    assert mixed.start()[2].tolist() == pytest.approx([1 / 2, 1 / 4, 1.5**-3, 1.5**-4])
+
+
+def test_learning_from_bases_is_never_worse_than_rounding():
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)) ** 3
+    stats = ActivationStats.of(x, ())
+
+    def error(code):
+        return float((code.fused(x, code.fit(stats)) - x).square().mean())
+
+    learned = error(Phase(steps=6, grains=2, bases=(3.0, 1.3), rounds=2, samples=4000))
+    assert learned <= error(Phase(steps=6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bases": (1.0,)}, r"bases=\[1\.0\]: 1 is no base: a number above 1"),
+        ({"bases": (2.0, 0.5)}, r"0\.5 is no base"),
+        ({"bases": (float("nan"),)}, "nan is no base"),
+        ({"steps": 1, "bases": (2.0, 3.0)}, "at most one for each of steps=1"),
+        ({"grains": 3, "bases": (2.0,)}, "learning of grains=3 starts from as many bases"),
+        ({"steps": 16, "bases": (4.0,)}, r"worth less than 2\^-22"),
+        ({"grains": 9}, r"grains=9: a whole number from 0 to steps=8"),
+    ],
+    ids=str,
+)
+def test_bad_bases_and_grains_say_so(options, message):
+    with pytest.raises(OptionError, match=message):
+        Phase(**options)

@@ -42,6 +42,10 @@ class Transformers(LanguageArchitecture):
         model.config.quantization_config = wanted  # type: ignore[union-attr]
         return model.eval()
 
+    def units(self, batch: Any) -> int:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        return ids.numel() if isinstance(ids, Tensor) else 0
+
     def feed(self, model: Any, batch: Any) -> None:
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         ids = given.get("input_ids")

@@ -6,6 +6,7 @@ Fused, a product of two activations is that of their decoded values, and is code
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def spiking_attention(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer, with the signature of transformers' attention functions.
 
     Args:
@@ -65,10 +66,7 @@ def spiking_attention(
     Raises:
         ConversionError: an argument would change the result and has no form here.
     """
-    for name in REFUSED:
-        argument = kwargs.get(name)
-        if argument is not None:
-            raise ConversionError(f"attention with {name}={argument!r} has no coded form: exclude the attention sites")
+    _refuse_arguments(kwargs)
     batch, heads, length, size = query.shape
     kv_heads = key.shape[1]
     new = _new_positions(length, key.shape[2], attention_mask)
@@ -109,6 +107,13 @@ def spiking_attention(
     return output, coded if coded is None else coded.view(batch, heads, length, -1)
 
 
+def _refuse_arguments(given: dict[str, Any]) -> None:
+    for name in REFUSED:
+        argument = given.get(name)
+        if argument is not None:
+            raise ConversionError(f"attention with {name}={argument!r} has no coded form: exclude the attention sites")
+
+
 class _Operand(NamedTuple):
     """One operand of a product of activations.
 
@@ -132,24 +137,24 @@ class _Operand(NamedTuple):
         x = self.x if self.site is None else self.site(self.x, self.new)
         return self.shaped(x, 0)
 
-    def steps(self, p: CodeParams, spikes: Iterator[Tensor]) -> Iterator[Tensor]:
+    def steps(self, p: CodeParams, spikes: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
         """Contributions of the steps, shaped."""
         assert self.site is not None
         for step, worth in enumerate(contributions(self.site.encoder, p, spikes)):
-            yield self.shaped(worth, step)
+            yield self.shaped(worth.to(dtype), step)
 
 
 def _product(a: _Operand, b: _Operand) -> tuple[Tensor, Tensor | None]:
     """`A Bᵀ` of two coded operands; and A, coded, where it was decoded."""
     gradient = torch.is_grad_enabled() and (a.x.requires_grad or b.x.requires_grad)
-    if _stepped(a.site) and _stepped(b.site) and not gradient:
-        total: Tensor = a.site(
-            a.x,
-            a.new,
-            lambda p, spikes: b.site(
-                b.x, b.new, lambda q, others: _sum(matrix_product(a.steps(p, spikes), b.steps(q, others)))
-            ),
-        )
+    first, second = a.site, b.site
+    if first is not None and second is not None and _stepped(first) and _stepped(second) and not gradient:
+
+        def multiply(p: CodeParams, spikes: Iterator[Tensor], q: CodeParams, others: Iterator[Tensor]) -> Tensor:
+            dtype = functools.reduce(torch.promote_types, (a.x.dtype, b.x.dtype, p.scale.dtype, q.scale.dtype))
+            return _sum(matrix_product(a.steps(p, spikes, dtype), b.steps(q, others, dtype)))
+
+        total: Tensor = first(a.x, a.new, lambda p, spikes: second(b.x, b.new, functools.partial(multiply, p, spikes)))
         return total.to(a.x.dtype), None
     coded, other = a.coded(), b.coded()
     return torch.matmul(coded.to(other.dtype), other.mT), coded
@@ -162,8 +167,8 @@ def _sum(parts: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def _stepped(site: Site | None) -> bool:
-    return site is not None and site.execution == "stepped" and site.observer is None
+def _stepped(site: Site) -> bool:
+    return site.execution == "stepped" and site.observer is None
 
 
 def _behind(prefix: Tensor, x: Tensor, step: int) -> Tensor:
@@ -173,11 +178,11 @@ def _behind(prefix: Tensor, x: Tensor, step: int) -> Tensor:
 
 
 class Softmax(nn.Module):
-    """Softmax over the last dimension, in float32; a module, so that an approximator can stand in its place."""
+    """Softmax over the last dimension, at least in float32; a module, so that an approximator can replace it."""
 
     def forward(self, scores: Tensor) -> Tensor:
         """`[..., K] -> [..., K]`."""
-        return F.softmax(scores, dim=-1, dtype=torch.float32)
+        return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def plain_softmax(block: nn.Module) -> None:

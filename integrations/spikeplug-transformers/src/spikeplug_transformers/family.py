@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport, Op, dynamic_note
+from spikeplug.coverage import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
 from spikeplug.nonlinear import approximate, labels_of, within
@@ -174,8 +174,7 @@ def _ops(model: Any) -> Iterator[Op]:
         elif isinstance(module, CodedEmbedding):
             yield Op(name, "Embedding", "coded", 0, str(module.site.encoder), dynamic_note(module.site.encoder))
         elif isinstance(module, SpikingLinear):
-            code = str(module.source.encoder)
-            yield Op(name, "Linear", "spiking", int(module.weight.numel()), code, dynamic_note(module.source.encoder))
+            yield spiking_op(name, "Linear", module.weight.numel(), module.source)
         elif isinstance(module, nn.Linear):
             yield Op(name, kind, "dense", module.weight.numel())
         elif name.endswith(".self_attn"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spikeplug.architecture import Opened, Watch
 from spikeplug.conversion import count_spikes, report
+from spikeplug.costs import charge
 from spikeplug.errors import NonFiniteError, OptionError
 from spikeplug.site import Coder
 
@@ -141,6 +142,7 @@ def evaluate(opened: Opened, text: Path, *, seqlen: int, tokens: int | None, wat
     result["protocol"] |= {"dtype": str(model.dtype).removeprefix("torch."), "model": opened.name}
     if counts is not None:
         result["spikes"] = {"total": counts.total, "per_token": counts.total / seen}
+        result["energy"] = charge(model, counts, seen).summary()
         result["report"] = report(model).summary()
         result["config"] = model.spikeplug_config.model_dump(mode="json")
     return result

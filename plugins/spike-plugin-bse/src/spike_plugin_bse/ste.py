@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.bundle import read_manifest, verify, write_folder
-from spikeplug.conversion import architecture_of, config_of
+from spikeplug.config import config_of
+from spikeplug.conversion import architecture_of
 from spikeplug.errors import BundleError, NonFiniteError, OptionError
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}

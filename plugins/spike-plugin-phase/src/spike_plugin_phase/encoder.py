@@ -63,8 +63,10 @@ class Phase(Learning, Encoder):
 
     Args:
         steps: T, 1 to 16.
-        grains: number of bases of d(t). 0: base 2, nothing is learned; from 1 on bases, thresholds and resets are
-            learned by Algorithm 1 from the rounding neuron on, which the result is never worse than.
+        grains: number of bases of d(t). 0: nothing is learned; from 1 on bases, thresholds and resets are learned by
+            Algorithm 1 from the rounding neuron of base 2 on, which the result is never worse than.
+        bases: the bases that are not learned, or that learning starts from; empty: 2. Several of them share the steps
+            as evenly as can be, the largest worth first.
         rounding: how the neuron that is not learned, or that learning starts from, rounds: `floor` has `θ = h = d`;
             `nearest` fires half of the last step's worth earlier.
         spikes: largest number of spikes in a window, 1 or 2; 0: any.
@@ -79,6 +81,7 @@ class Phase(Learning, Encoder):
 
     steps: int = 8
     grains: int = 0
+    bases: tuple[float, ...] = ()
     rounding: str = "nearest"
     spikes: int = 0
     mask: int = 0
@@ -94,6 +97,8 @@ class Phase(Learning, Encoder):
         check_percentile(self.percentile)
         if not 0 <= self.grains <= self.steps:
             raise OptionError(f"grains={self.grains}: a whole number from 0 to steps={self.steps} is needed")
+        object.__setattr__(self, "bases", tuple(self.bases))  # JSON knows lists only
+        self._check_bases()
         _choose(self, "rounding", ("nearest", "floor"))
         _choose(self, "clip", ("none", "mse"))
         if self.spikes not in (0, 1, 2):
@@ -102,6 +107,22 @@ class Phase(Learning, Encoder):
             raise OptionError(f"mask={self.mask}: a whole number from 0 to steps={self.steps} is needed")
         if self.spikes and self.grains:
             raise OptionError(f"spikes={self.spikes}: a code of grains={self.grains} fires any number, spikes=0")
+
+    def _check_bases(self) -> None:
+        for base in self.bases:
+            if not 1 < base < float("inf"):
+                raise OptionError(f"bases={list(self.bases)}: {base:g} is no base: a number above 1 is needed")
+        if len(self.bases) > self.steps:
+            raise OptionError(f"bases={list(self.bases)}: at most one for each of steps={self.steps} is needed")
+        if self.bases and float(self.start()[2].min()) < 2.0**-self.fraction:
+            raise OptionError(f"bases={list(self.bases)}: a step is worth less than 2^-{self.fraction}: fewer steps")
+        if self.bases and self.grains not in (0, len(self.bases)):
+            raise OptionError(f"bases={list(self.bases)}: learning of grains={self.grains} starts from as many bases")
+
+    @property
+    def updates(self) -> int:
+        """The mask costs as much as another update (Eq. 60)."""
+        return 2 if self.mask else 1
 
     @property
     def fraction(self) -> int:
@@ -123,8 +144,10 @@ class Phase(Learning, Encoder):
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
         """Thresholds, resets and decode weights of the neuron that nothing was learned for, float64 `[T]`."""
-        d = 2.0 ** -torch.arange(1, self.steps + 1, dtype=torch.float64)
-        return (d - d[-1] / 2 if self.rounding == "nearest" else d.clone()), d.clone(), d
+        bases = torch.tensor(self.bases or (2.0,), dtype=torch.float64)
+        owner = torch.tensor(even(self.steps, len(bases)))
+        d = bases[owner] ** -torch.arange(1, self.steps + 1, dtype=torch.float64)
+        return (d - d.min() / 2 if self.rounding == "nearest" else d.clone()), d.clone(), d
 
     def scale_for(self, stats: ActivationStats) -> Tensor:
         """The magnitude that v = 1 stands for."""
@@ -133,9 +156,9 @@ class Phase(Learning, Encoder):
         if largest == 0:
             # A site that only ever carries zero: any scale represents it.
             return torch.ones((), dtype=torch.float64)
-        # All spikes together are worth a little less than 1.
-        if self.rounding == "nearest":
-            largest = largest / (1 - 2.0**-self.steps)
+        # All spikes together may be worth less than 1; rounded down, one more of the last is within reach.
+        d = self.start()[2]
+        largest = largest / (d.sum() + d.min() * (self.rounding == "floor")).clamp(max=1.0)
         return self._searched(stats.values.double().abs(), largest) if self.clip == "mse" else largest
 
     def _searched(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
@@ -217,6 +240,12 @@ class Phase(Learning, Encoder):
             _TABLES[weight] = kept
         tables: tuple[Tensor, Tensor, Tensor] = kept[1]
         return tables
+
+
+def even(steps: int, grains: int) -> tuple[int, ...]:
+    """Steps to bases, in order and as even as can be; the first bases have the steps that are left over."""
+    size, more = divmod(steps, grains)
+    return tuple(base for base in range(grains) for _ in range(size + (base < more)))
 
 
 def _choose(options: Any, option: str, choices: tuple[str, ...]) -> None:

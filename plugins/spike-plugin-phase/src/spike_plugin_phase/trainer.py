@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.architecture import Watch, unwatched
-from spikeplug.conversion import config_of, observe
+from spikeplug.config import config_of
+from spikeplug.conversion import observe
 from spikeplug.errors import CalibrationError, OptionError, indexed
 from spikeplug.site import Site, sites
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams
 
-from .encoder import Learning, Phase
+from .encoder import Learning, Phase, even
 
 CHUNK = 8
 """Sites that learn together on a CPU: their tensors then stay in its cache."""
@@ -60,7 +61,7 @@ def learn_all(
             if float(each.low.min()) == float(each.high.max()):
                 raise CalibrationError(f"every activation seen is {float(each.low.min()):g}: nothing can be learned")
             scales.append(code.scale_for(each))
-            rounding.append(code.params_of(scales[-1], *code.start()))
+            rounding.append(code.params_of(scales[-1], *dataclasses.replace(code, bases=()).start()))
     magnitudes = [each.values.double().abs() / scale for each, scale in zip(stats, scales, strict=True)]
     learned, params = learn(code, magnitudes, watch), []
     for scale, start, x, own in zip(scales, rounding, magnitudes, learned, strict=True):
@@ -108,12 +109,6 @@ def _learn(code: Phase, x: Tensor) -> list[Learned]:
     return [each for each in found if each is not None]
 
 
-def even(steps: int, grains: int) -> tuple[int, ...]:
-    """Steps to bases, in order and as even as can be; the first bases have the steps that are left over."""
-    size, more = divmod(steps, grains)
-    return tuple(base for base in range(grains) for _ in range(size + (base < more)))
-
-
 def candidates(steps: int, grains: int) -> list[tuple[int, ...]]:
     """Every way to give consecutive steps to bases, each at least one."""
     found = []
@@ -155,7 +150,8 @@ class _Neurons:
         threshold, reset, _ = (each.float().expand(len(x), -1).clone() for each in code.start())
         self.neuron = _Adam([threshold, reset], code.lr_neuron * self.unit)
         # A base moves d(1) = 1 / B by about the same as a threshold moves.
-        self.bases = _Adam([torch.full((len(x), code.grains), 2.0)], 4 * code.lr_bases * self.unit)
+        start = torch.tensor(code.bases or (2.0,) * code.grains).expand(len(x), -1).clone()
+        self.bases = _Adam([start], 4 * code.lr_bases * self.unit)
         self._best_loss = torch.full((len(x),), float("inf"))
         self.best = [threshold.clone(), reset.clone(), self.weight(), self.bases.values[0].clone()]
 
