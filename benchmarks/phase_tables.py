@@ -100,6 +100,11 @@ class Bench:
         found: float = self._measure()["perplexity"]
         return found
 
+    def perplexity_and_energy(self) -> tuple[float, str]:
+        """The second: energy against the dense model's, of MAC and AC alone, and with memory and neurons."""
+        found = self._measure()
+        return found["perplexity"], f"{found['energy']['ratio']:.3f}, {found['energy']['ratio_with_memory']:.3f}"
+
     def _measure(self) -> dict[str, Any]:
         opened = Opened(self.opened.model, self.opened.tokenizer, self.opened.name)
         return self.architecture.perplexity(opened, self.arguments.ppl, seqlen=512, tokens=self.arguments.tokens)
@@ -119,10 +124,10 @@ def variants(bench: Bench) -> Iterator[list[str]]:
             seconds, error = bench.code("all", steps, options), bench.error()
             rounding = error if name == "base2-round" else rounding
             ratios = [error[site] / rounding[site] for site in error if rounding.get(site)]
-            found = bench.perplexity()
+            found, energy = bench.perplexity_and_energy()
             row = [str(steps), name, f"{found:.2f}", f"{found / bench.dense['perplexity'] - 1:+.1%}"]
             worse = sum(ratio > 1 for ratio in ratios)
-            row += [f"{sum(ratios) / len(ratios):.3f} ({worse} above)" if ratios else "", f"{seconds:.0f}", ""]
+            row += [f"{sum(ratios) / len(ratios):.3f} ({worse} above)" if ratios else "", f"{seconds:.0f}", energy, ""]
             if name in ("las", "base2-round", "mgpc, 2 grains"):
                 bench.code(PREFIXQUANT, steps, options)
                 row[-1] = f"{bench.perplexity():.2f}"
@@ -193,8 +198,8 @@ def main() -> None:
     if arguments.table == "plots":
         plots(bench, Path("docs/results"))
     elif arguments.table == "variants":
-        head = ["T", "variant", "perplexity", "change", "error / rounding's", "CPU s to fit", "PrefixQuant's sites"]
-        show(head, variants(bench))
+        head = ["T", "variant", "perplexity", "change", "error / rounding's", "CPU s to fit", "energy / dense"]
+        show([*head, "PrefixQuant's sites"], variants(bench))
     else:
         show(["T", "variant", "kind of site", "coded alone", "left dense alone"], by_site(bench))
 
