@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTS := core plugins/spike-plugin-bse plugins/spike-plugin-phase integrations/spikeplug-transformers
+DISTS := core plugins/spike-plugin-bse plugins/spike-plugin-phase plugins/spike-plugin-ttfs integrations/spikeplug-transformers
 SOURCES := $(foreach dist,$(DISTS),$(wildcard $(dist)/src/*))
 STAMP := $(VENV)/installed
 

@@ -57,10 +57,17 @@ FIRST_PARTY = {
         ("recipe", name): "spike-plugin-phase"
         for name in ("las", "base2-round", "phase", "mgpc", "single-spike", "two-spike")
     },
+    ("encoder", "ttfs"): "spike-plugin-ttfs",
+    ("encoder", "ttfs-continuous"): "spike-plugin-ttfs",
+    ("neuron", "ttfs-if"): "spike-plugin-ttfs",
+    ("approximator", "ttfs-kernels"): "spike-plugin-ttfs",
+    **{("recipe", name): "spike-plugin-ttfs" for name in ("ttfs", "qc-a2s", "ttfs-continuous")},
+    ("command", "explain"): "spike-plugin-ttfs",
     ("architecture", "transformers"): "spikeplug-transformers",
     ("pass", "rotate"): "spikeplug-transformers",
     ("pass", "prefix"): "spikeplug-transformers",
     ("pass", "quantize-weights"): "spikeplug-transformers",
+    ("pass", "defer-softmax"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
