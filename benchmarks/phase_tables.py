@@ -10,23 +10,16 @@ last column, the sites of PrefixQuant alone. `sites` codes each kind of site alo
 
 from __future__ import annotations
 
-import argparse
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from site_bench import PREFIXQUANT, Bench, parser, show
 
-import spikeplug
 from spike_plugin_phase.encoder import Phase
 from spike_plugin_phase.trainer import learn_all
-from spikeplug.architecture import Opened
-from spikeplug.cli import language
-from spikeplug.config import ConversionConfig
-from spikeplug.conversion import observe
-from spikeplug.site import Site, sites
+from spikeplug.site import Site
 from spikeplug.types import CodeParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,93 +36,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two-spike": {"rounding": "floor", "spikes": 2},
     "single-spike": {"rounding": "floor", "spikes": 1},
 }
-PREFIXQUANT = ("input", "key", "value", "embedding")
-"""Kinds of site that PrefixQuant quantizes; the input of the output layer is not among them."""
 
 
-class Bench:
-    """A model whose sites are coded anew for every row."""
+def phase(variant: str, steps: int) -> Callable[[Site], Phase]:
+    """The code of every site under a variant."""
+    options = dict(VARIANTS[variant])
+    more = options.pop("more", 0)
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments, self.architecture = arguments, language()
-        self.opened = self.architecture.open(arguments.model, dtype="auto", device="cpu")
-        self.dense = self._measure()
-        passes = ["rotate", "prefix"] if arguments.bits is None else ["rotate", "quantize-weights", "prefix"]
-        passes += ["defer-softmax"] if arguments.defer else []
-        options = {"quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64}}
-        config = ConversionConfig.resolve("base2-round", {"passes": passes, "pass_options": options})
-        batches = self.architecture.calibration(
-            self.opened, arguments.calibrate, seqlen=512, tokens=arguments.calibrate_tokens, config=config
-        )
-        self.model: Any = spikeplug.prepare(self.opened.model, config, batches)
-        self.sites = {name: site for name, site in sites(self.model).items() if isinstance(site, Site)}
-        self.stats = observe(self.model, batches)
-        self.code("none", 16, {})
+    def code(site: Site) -> Phase:
+        size = min(16, steps + (more if site.kind == "probabilities" else 0))
+        given = {
+            key: {"grains": size, "mask": size // 2}[key] if value == -1 else value for key, value in options.items()
+        }
+        return Phase(steps=size, **given)
 
-    def code(self, which: Any, steps: int, options: dict[str, Any]) -> float:
-        """Code the sites of these kinds ("all", "none", or a tuple of kinds); return the seconds that fitting took."""
-        options = dict(options)
-        more, grains = options.pop("more", 0), options.get("grains", 0)
-        start = time.process_time()
-        for extra in {0, more}:
-            size = min(16, steps + extra)
-            given = {**options, "grains": size if grains == -1 else grains}
-            if given.get("mask") == -1:
-                given["mask"] = size // 2
-            code = Phase(steps=size, **given)
-            mine = [site for site in self.sites.items() if not more or (site[1].kind == "probabilities") == (extra > 0)]
-            for (_, site), p in zip(mine, code.fit_all([self.stats[name] for name, _ in mine]), strict=True):
-                site.encoder = code
-                site.set_params(p.tensors())
-        for site in self.sites.values():
-            coded = which == "all" or (which != "none" and site.kind in which)
-            # A site that stays dense gives back what came in.
-            site.forward = type(site).forward.__get__(site) if coded else _pass_on  # type: ignore[method-assign]
-        return time.process_time() - start
-
-    def error(self) -> dict[str, float]:
-        """Mean squared error of every site on its sample."""
-        found = {}
-        for name, site in self.sites.items():
-            x = self.stats[name].values.double()
-            p = site.params(x)
-            found[name] = float((site.encoder.fused(x, p) - x).square().mean())
-        return found
-
-    def perplexity(self) -> float:
-        found: float = self._measure()["perplexity"]
-        return found
-
-    def perplexity_and_energy(self) -> tuple[float, str]:
-        """The second: energy against the dense model's, of MAC and AC alone, and with memory and neurons."""
-        found = self._measure()
-        return found["perplexity"], f"{found['energy']['ratio']:.3f}, {found['energy']['ratio_with_memory']:.3f}"
-
-    def _measure(self) -> dict[str, Any]:
-        opened = Opened(self.opened.model, self.opened.tokenizer, self.opened.name)
-        return self.architecture.perplexity(opened, self.arguments.ppl, seqlen=512, tokens=self.arguments.tokens)
-
-
-def _pass_on(x: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x
+    return code
 
 
 def variants(bench: Bench) -> Iterator[list[str]]:
     """Every site coded, and PrefixQuant's alone."""
     for steps in bench.arguments.steps:
         rounding: dict[str, float] = {}
-        for name, options in VARIANTS.items():
-            if bench.arguments.only and name not in bench.arguments.only:
-                continue
-            seconds, error = bench.code("all", steps, options), bench.error()
+        for name in bench.arguments.only or VARIANTS:
+            seconds, error = bench.code(phase(name, steps)), bench.error()
             rounding = error if name == "base2-round" else rounding
             ratios = [error[site] / rounding[site] for site in error if rounding.get(site)]
             found, energy = bench.perplexity_and_energy()
-            row = [str(steps), name, f"{found:.2f}", f"{found / bench.dense['perplexity'] - 1:+.1%}"]
+            row = [str(steps), name, bench.change(found)]
             worse = sum(ratio > 1 for ratio in ratios)
             row += [f"{sum(ratios) / len(ratios):.3f} ({worse} above)" if ratios else "", f"{seconds:.0f}", energy, ""]
             if name in ("las", "base2-round", "mgpc, 2 grains"):
-                bench.code(PREFIXQUANT, steps, options)
+                bench.code(phase(name, steps), PREFIXQUANT)
                 row[-1] = f"{bench.perplexity():.2f}"
             yield row
 
@@ -139,9 +76,9 @@ def by_site(bench: Bench) -> Iterator[list[str]]:
     for steps in bench.arguments.steps:
         for name in bench.arguments.only or ("las", "base2-round"):
             for kind in kinds:
-                bench.code((kind,), steps, VARIANTS[name])
+                bench.code(phase(name, steps), (kind,))
                 alone = bench.perplexity()
-                bench.code(tuple(each for each in kinds if each != kind), steps, VARIANTS[name])
+                bench.code(phase(name, steps), [each for each in kinds if each != kind])
                 yield [str(steps), name, kind, f"{alone:.2f}", f"{bench.perplexity():.2f}"]
 
 
@@ -179,36 +116,17 @@ def _plain(p: CodeParams) -> CodeParams:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=("variants", "sites", "plots"))
-    parser.add_argument("--calibrate", type=Path, required=True)
-    parser.add_argument("--ppl", type=Path, required=True)
-    parser.add_argument("--steps", type=lambda text: [int(each) for each in text.split(",")], default=[6, 8, 10])
-    parser.add_argument("--only", action="append", help="name of a variant; may be given several times")
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantize the weights first (4 bits: groups of 64)")
-    parser.add_argument("--defer", action="store_true", help="also apply defer-softmax")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=5120)
-    parser.add_argument("--calibrate-tokens", type=int, default=8192)
-    arguments = parser.parse_args()
-    bench = Bench(arguments)
-    print(", ".join(f"{key} {value}" for key, value in bench.dense["protocol"].items()))
-    dense, tokens = bench.dense["perplexity"], bench.model.config.spikeplug_prefix
-    print(f"prefix tokens {tokens}; dense {dense:.3f}, with both passes {bench.perplexity():.3f}\n")
-    if arguments.table == "plots":
+    bench = Bench(
+        parser(__doc__.splitlines()[0], ("variants", "sites", "plots"), [6, 8, 10]).parse_args(), "base2-round"
+    )
+    print(bench.header())
+    if bench.arguments.table == "plots":
         plots(bench, Path("docs/results"))
-    elif arguments.table == "variants":
-        head = ["T", "variant", "perplexity", "change", "error / rounding's", "CPU s to fit", "energy / dense"]
+    elif bench.arguments.table == "variants":
+        head = ["T", "variant", "perplexity", "error / rounding's", "CPU s to fit", "energy / dense"]
         show([*head, "PrefixQuant's sites"], variants(bench))
     else:
         show(["T", "variant", "kind of site", "coded alone", "left dense alone"], by_site(bench))
-
-
-def show(head: list[str], rows: Iterator[list[str]]) -> None:
-    """Print a Markdown table as its rows come."""
-    print(f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
