@@ -69,8 +69,8 @@ def plot(bench: Bench, found: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, perplexities in found.items():
-        shown = [min(each, 1e4) for each in perplexities]
-        axes.plot(bench.arguments.steps, shown, "o-", label=name, markersize=4)
+        shown = sorted(zip(bench.arguments.steps, (min(each, 1e4) for each in perplexities), strict=True))
+        axes.plot(*zip(*shown, strict=True), "o-", label=name, markersize=4)
     axes.axhline(bench.dense["perplexity"], color="#8a8f98", linestyle="--", label="dense")
     axes.set(xscale="log", yscale="log", xlabel="steps T", ylabel="perplexity (10,000 and more at the top)")
     axes.set_xticks(bench.arguments.steps, [str(steps) for steps in bench.arguments.steps])
