@@ -18,6 +18,7 @@ DOCUMENTS = [
     "core/README.md",
     "plugins/spike-plugin-bse/README.md",
     "plugins/spike-plugin-phase/README.md",
+    "plugins/spike-plugin-ttfs/README.md",
 ]
 BIN = Path(sys.executable).parent
 

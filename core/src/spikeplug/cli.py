@@ -130,10 +130,10 @@ def plugins_command(
             }
         )
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         rows = [[*map(str, list(each.values())[:4]), _brings(each["brings"]), str(each["status"])] for each in found]
-        _print_table(["plugin", "distribution", "version", "api", "brings", "status"], rows)
+        print_table(["plugin", "distribution", "version", "api", "brings", "status"], rows)
 
 
 @app.command("ls")
@@ -147,9 +147,9 @@ def ls_command(
     parts = [part for name in found.names(singular) for part in found.parts[singular, name]]
     rows = [{"name": part.name, "plugin": part.plugin, "object": part.path} for part in parts]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        _print_table(["name", "plugin", "object"], [list(row.values()) for row in rows])
+        print_table(["name", "plugin", "object"], [list(row.values()) for row in rows])
 
 
 @app.command("doctor")
@@ -159,9 +159,9 @@ def doctor_command(as_json: Json = False) -> None:
 
     checks = examine()
     if as_json:
-        _print_json(checks)
+        print_json(checks)
     else:
-        _print_table(["check", "status", "what", "remedy"], [list(check.values()) for check in checks])
+        print_table(["check", "status", "what", "remedy"], [list(check.values()) for check in checks])
     if any(check["status"] == "problem" for check in checks):
         raise typer.Exit(1)
 
@@ -199,7 +199,7 @@ def convert_command(
     save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
     found = report(opened.model)
     if as_json:
-        _print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
+        print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
     else:
         typer.echo(str(found).splitlines()[0])
         typer.echo(f"wrote {out}")
@@ -227,7 +227,7 @@ def eval_command(
     with progress() as watch:
         result = architecture.perplexity(opened, ppl, seqlen=seqlen, tokens=max_tokens, watch=watch)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     typer.echo(f"perplexity {result['perplexity']:.4f}")
     typer.echo("protocol   " + ", ".join(f"{key} {value}" for key, value in result["protocol"].items()))
@@ -279,7 +279,7 @@ def train_command(
     if checkpoint is None:
         shutil.rmtree(kept, ignore_errors=True)
     if as_json:
-        _print_json({"out": str(out), "trainer": str(built), "losses": losses})
+        print_json({"out": str(out), "trainer": str(built), "losses": losses})
     else:
         head, tail = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 10) :]
         typer.echo(f"loss {sum(head) / len(head):.4f} (first tenth) -> {sum(tail) / len(tail):.4f} (last tenth)")
@@ -344,11 +344,13 @@ def _brings(parts: dict[str, list[str]]) -> str:
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items())
 
 
-def _print_json(data: object) -> None:
+def print_json(data: object) -> None:
+    """Print what a command found on stdout."""
     typer.echo(json.dumps(data, indent=2))
 
 
-def _print_table(head: list[str], rows: list[list[str]]) -> None:
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a table on stdout."""
     from rich.console import Console
     from rich.table import Table
 

@@ -47,11 +47,14 @@ class ConversionReport:
 
     Attributes:
         unit: what MACs are counted for: `token at context 512`, `sample`.
+        delay: time steps from the input to the result along the longest path, where every window waits for the one
+            before it; None where the order of the operations is not known.
     """
 
     recipe: str
     ops: tuple[Op, ...]
     unit: str
+    delay: int | None = None
 
     def share(self, role: str = "spiking") -> float | None:
         """Share of the MACs that have that role; None where some MACs are not known."""
@@ -73,6 +76,7 @@ class ConversionReport:
             "unit": self.unit,
             "operations": self.counts(),
             "macs_share": shares,
+            "delay": self.delay,
             "notes": notes,
         }
 
@@ -85,6 +89,7 @@ class ConversionReport:
         spiking = "unknown until a forward pass" if share is None or decoded is None else f"{share:.1%}"
         rows = [f"  {op.role:<12} {op.name} ({op.type}{', ' + op.code if op.code else ''})" for op in self.ops]
         extra = f", {decoded:.1%} decoded products" if decoded else ""
+        extra += f"; {self.delay:,} steps to the result" if self.delay is not None else ""
         return "\n".join([f"recipe {self.recipe}: {spiking} of the MACs per {self.unit} are spiking{extra}", *rows])
 
 

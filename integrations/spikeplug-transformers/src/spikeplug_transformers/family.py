@@ -160,7 +160,37 @@ def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module])
 
 def family_report(model: nn.Module, recipe: str) -> ConversionReport:
     """What became of every operation of a converted model."""
-    return ConversionReport(recipe, tuple(_ops(model)), f"token at context {CONTEXT}")
+    return ConversionReport(recipe, tuple(_ops(model)), f"token at context {CONTEXT}", _delay(model))
+
+
+PATH = (
+    ("input_layernorm",),
+    ("self_attn.q_proj",),
+    ("self_attn.query_site", "self_attn.key_site"),
+    ("self_attn.softmax",),
+    ("self_attn.probabilities_site", "self_attn.value_site"),
+    ("self_attn.o_proj",),
+    ("post_attention_layernorm",),
+    ("mlp.gate_proj",),
+    ("mlp.act_fn",),
+    ("mlp.down_proj",),
+)
+"""Windows of a layer in the order of the data; those of one group pass at the same time."""
+
+
+def _delay(model: Any) -> int:
+    """Time steps from a token to its logits."""
+
+    def steps(owner: Any, path: str) -> int:
+        for name in path.split("."):
+            owner = getattr(owner, name, None)
+        if isinstance(owner, SpikingLayer):
+            owner = owner.source
+        return owner.encoder.steps if isinstance(owner, Site) else int(getattr(owner, "delay", 0))
+
+    layers = sum(max(steps(layer, path) for path in group) for layer in model.model.layers for group in PATH)
+    ends = (steps(model, "model.embed_tokens.site"), steps(model, "model.norm"), steps(model, "lm_head"))
+    return int(layers + sum(ends))
 
 
 def _ops(model: Any) -> Iterator[Op]:

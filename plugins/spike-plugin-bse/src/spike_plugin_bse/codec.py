@@ -35,6 +35,7 @@ class Codec(Coder):
         super().__init__(name, channels=())
         self.function, self.options, self.domain = function, options, domain
         self.output = BSE(steps=options.steps)
+        self.delay = 2 * options.steps  # its own window, and that of its output
         self._ready: dict[tuple[torch.device, torch.dtype], _Ready] = {}
 
     @property

@@ -44,6 +44,7 @@ class Pointwise(nn.Module):
     def __init__(self, name: str, original: nn.Module, options: Fit) -> None:
         super().__init__()
         self.codec = Codec(name, original, options)
+        self.delay = self.codec.delay
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -108,6 +109,7 @@ class Softmax(nn.Module):
         if self.dim is None:
             raise OptionError(f"'{name}' is a softmax without dim: give it one")
         self.exp, self.reciprocal = Exp(name, None, options), Reciprocal(name, None, options)
+        self.delay = self.exp.codec.delay + self.reciprocal.codec.delay
 
     def forward(self, scores: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -127,6 +129,7 @@ class RMSNorm(nn.Module):
         self.eps = torch.finfo(torch.float32).eps if eps is None else eps
         self.dims = tuple(range(-len(getattr(original, "normalized_shape", (1,))), 0))
         self.rsqrt = Rsqrt(name, None, options)
+        self.delay = self.rsqrt.codec.delay
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""

@@ -21,6 +21,16 @@ def spikeplug_neurons() -> dict[str, str]:
 
 
 @hookimpl
+def spikeplug_approximators() -> dict[str, str]:
+    return {"ttfs-kernels": "spike_plugin_ttfs.nonlinear:Kernels"}
+
+
+@hookimpl
+def spikeplug_commands() -> dict[str, str]:
+    return {"explain": "spike_plugin_ttfs.explain:explain_command"}
+
+
+@hookimpl
 def spikeplug_recipes() -> dict[str, str]:
     return {
         "ttfs": "spike_plugin_ttfs.recipe:TTFS",
