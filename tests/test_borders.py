@@ -19,7 +19,7 @@ SOURCES = {path.name: sorted(path.rglob("*.py")) for project in PROJECTS for pat
 
 ALLOWED = {
     "spikeplug": {"torch", "numpy", "pluggy", "pydantic", "safetensors", "typer", "rich", "pytest", "hypothesis"},
-    "plugin": {"spikeplug", "torch", "safetensors"},
+    "plugin": {"spikeplug", "torch", "safetensors", "typer"},
     "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
     | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib", "torchao"},
 }

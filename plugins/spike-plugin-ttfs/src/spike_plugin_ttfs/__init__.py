@@ -27,7 +27,7 @@ def spikeplug_approximators() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_commands() -> dict[str, str]:
-    return {"explain": "spike_plugin_ttfs.explain:explain_command"}
+    return {"explain": "spike_plugin_ttfs.cli:explain_command"}
 
 
 @hookimpl

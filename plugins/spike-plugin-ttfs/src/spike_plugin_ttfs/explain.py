@@ -1,17 +1,13 @@
-"""Where the error of a first-spike network comes from: Theorem 3 of QC-A2S, site by site; `spikeplug explain`."""
+"""Where the error of a first-spike network comes from: Theorem 3 of QC-A2S, site by site."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from torch import nn
 
-from spikeplug.cli import print_json, print_table
 from spikeplug.errors import ConversionError, OptionError
 from spikeplug.site import Site, sites
 from spikeplug.types import CodeParams
@@ -93,30 +89,3 @@ def explain(model: nn.Module, wanted: float = 0.01) -> list[SiteBound]:
         codes = ", ".join(sorted({site.encoder.name for site in coded.values()}))
         raise ConversionError(f"no site is coded by first spikes ({codes} is): convert with the recipe qc-a2s or ttfs")
     return found
-
-
-def explain_command(
-    model: Annotated[Path, typer.Argument(help="A folder that `spikeplug convert` wrote.")],
-    error: Annotated[float, typer.Option(help="Wanted largest error, as a share of the largest magnitude.")] = 0.01,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-) -> None:
-    """Say site by site how large the error of a first-spike code can be, and what number of steps makes it small."""
-    from spikeplug.bundle import load
-
-    found = explain(load(model), error)
-    if as_json:
-        print_json({"error": error, "sites": [{**dataclasses.asdict(each), "total": each.total} for each in found]})
-        return
-    head = ["site", "T", "seen", "code's range", "clipping", "quantization", f"T for {error:g}"]
-    print_table(head, [_row(each) for each in found])
-    clipped = sum(each.clipping > each.quantization for each in found)
-    typer.echo(
-        "largest |error| of a number within what calibration saw is at most clipping + quantization (Theorem 3); "
-        f"clipping is the larger part at {clipped} of {len(found)} sites"
-    )
-
-
-def _row(each: SiteBound) -> list[str]:
-    seen, span = f"{each.low:.4g} .. {each.high:.4g}", f"{each.a:.4g} .. {each.b:.4g}"
-    needed = f"over {MAX_STEPS}" if each.needed is None else str(each.needed)
-    return [each.site, str(each.steps), seen, span, f"{each.clipping:.3g}", f"{each.quantization:.3g}", needed]
