@@ -40,14 +40,17 @@ def ttfs(variant: str, steps: int) -> Callable[[Site], TTFS]:
 
 
 def variants(bench: Bench, found: dict[str, list[float]]) -> Iterator[list[str]]:
-    """Every site coded, and PrefixQuant's alone. Perplexities are also put into `found`, by variant."""
+    """Every site coded, and in one variant PrefixQuant's alone. Perplexities are also put into `found`, by variant."""
     for steps in bench.arguments.steps:
         for name in bench.arguments.only or VARIANTS:
             bench.code(ttfs(name, steps))
             perplexity, energy = bench.perplexity_and_energy()
             found.setdefault(name, []).append(perplexity)
-            bench.code(ttfs(name, steps), PREFIXQUANT)
-            yield [str(steps), name, bench.change(perplexity), energy, bench.change(bench.perplexity())]
+            row = [str(steps), name, bench.change(perplexity), energy, ""]
+            if name == "nearest, searched":
+                bench.code(ttfs(name, steps), PREFIXQUANT)
+                row[-1] = bench.change(bench.perplexity())
+            yield row
 
 
 def by_site(bench: Bench) -> Iterator[list[str]]:

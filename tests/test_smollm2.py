@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,3 +105,70 @@ def test_passes_keep_the_function(name):
         assert (after - before).norm() < 1e-3 * before.norm()
     # One token ahead of every text changes its first words a little, for the better on this protocol.
     assert _perplexity(opened) == pytest.approx(dense, rel=1e-4 if name == "rotate" else 1.5e-2)
+
+
+@pytest.fixture(scope="module")
+def first_spikes():
+    """Dense perplexity, the model converted by `qc-a2s` at 64 steps, and its calibration batches."""
+    opened = _open()
+    dense = _perplexity(opened)
+    config = spikeplug.ConversionConfig.resolve("qc-a2s", {"steps": 64})
+    batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=8192, config=config)
+    spikeplug.convert(opened.model, config, calibration=batches)
+    return dense, opened, batches
+
+
+def test_qc_a2s_equals_the_quantized_model_it_came_from(first_spikes):
+    """PyTorch's own fake quantization in every site's place, with the same scales and zero points."""
+    dense, opened, _ = first_spikes
+    spiking = _perplexity(opened)
+    assert spiking == pytest.approx(dense, rel=0.1)
+    assert spiking > 1.001 * dense
+    coded = sites(opened.model)
+    try:
+        for site in coded.values():
+            scale, zero = float(site.scale), int(site.zero)
+
+            def forward(x, new=None, receive=None, *, scale=scale, zero=zero, top=site.encoder.top):
+                return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, top)
+
+            site.forward = forward
+        with torch.no_grad():
+            total = 0.0
+            ids = opened.tokenizer(TEST.read_text(), return_tensors="pt", verbose=False)["input_ids"][0, :5120]
+            for window in ids.reshape(-1, 1, 512):
+                logits = opened.model(window, use_cache=False).logits[0, :-1]
+                total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
+        assert math.exp(total / 5110) == pytest.approx(spiking, rel=1e-6)
+    finally:
+        for site in coded.values():
+            del site.forward
+
+
+def test_qc_a2s_first_layer_stepped_equals_fused(first_spikes):
+    model = copy.deepcopy(first_spikes[1].model)
+    torch.nn.Module.to(model, torch.float64)
+    ids = first_spikes[1].tokenizer("One spike in a window of time.", return_tensors="pt")["input_ids"]
+    outputs, spikes = [], []
+    first = [site for name, site in sites(model).items() if "layers.0." in name]
+    for execution in ("fused", "stepped"):
+        for site in first:
+            site.execution = execution
+        with torch.no_grad(), spikeplug.count_spikes(model) as counts:
+            outputs.append(model.model(ids, output_hidden_states=True).hidden_states[1])
+        spikes.append({name: each.spikes for name, each in counts.by_site.items() if "layers.0." in name})
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-9 * outputs[0].abs().max()
+    assert spikes[0] == spikes[1]
+
+
+def test_theorem_3_bounds_every_site(first_spikes):
+    from spike_plugin_ttfs.explain import explain
+
+    _, opened, batches = first_spikes
+    found = {each.site: each for each in explain(opened.model)}
+    seen = spikeplug.observe(opened.model, batches[:2])
+    assert len(found) == len(seen) == 242
+    for name, stats in seen.items():
+        site = sites(opened.model)[name]
+        error = (site.encoder.fused(stats.values, site.params(stats.values)) - stats.values).abs().max()
+        assert 0 < error <= found[name].total * (1 + 1e-5), name

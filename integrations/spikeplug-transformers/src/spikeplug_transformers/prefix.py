@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
@@ -27,8 +28,9 @@ class Prefix:
 
     A token is an outlier where the largest magnitude of its input to a `down_proj` is more than `threshold` times the
     median of all tokens. The prefix is the most frequent outliers behind the first position, as many as a text has on
-    average, and the BOS token, which has them always. Keys are rotated to positions before 0, so that nothing else of
-    the model changes: caches, positions and masks are those of the text.
+    average, and the BOS token, which has them always. Then it is tried whether one more frequent token ahead takes
+    outliers of a text's first tokens away. Keys are rotated to positions before 0, so that nothing else of the model
+    changes: caches, positions and masks are those of the text.
 
     Args:
         tokens: the prefix, where it is known; empty: found.
@@ -85,37 +87,81 @@ class Prefix:
             plain_softmax(block)
 
 
+CANDIDATES, BEGINNINGS, BEGINNING = 8, 16, 48
+"""Frequent tokens that are tried ahead of a prefix, on so many texts' first so many tokens."""
+
+BETTER = 0.8
+"""A longer prefix is taken where it brings the largest outlier below this share of what it was."""
+
+
 @torch.no_grad()
 def find(model: Any, batches: Sequence[Any], threshold: float, limit: int) -> tuple[int, ...]:
-    """Tokens whose keys and values make the prefix, the BOS token last."""
+    """Tokens whose keys and values make the prefix, the BOS token last.
+
+    Raises:
+        CalibrationError, ConversionError: as `Prefix.apply`.
+    """
     windows = [batch["input_ids"] if isinstance(batch, dict) else batch for batch in batches]
-    windows = [batch for batch in windows if isinstance(batch, Tensor) and batch.ndim == 2 and batch.shape[1] > 1][:8]
+    windows = [batch for batch in windows if isinstance(batch, Tensor) and batch.ndim == 2 and batch.shape[1] > 1]
     if not windows:
         raise CalibrationError("outlier tokens are found on calibration batches of token ids [B, S]: give some")
-    largest: list[Tensor] = []
-    hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: largest.append(given[0].abs().amax(-1)))
-        for layer in model.model.layers
-    ]
-    seen: collections.Counter[int] = collections.Counter()
-    outliers = rows = 0
-    try:
-        for batch in windows:
-            largest.clear()
-            model(batch.to(model.device), use_cache=False)
-            of_layer = torch.stack(largest)  # [layers, B, S]
-            found = (of_layer > threshold * of_layer.flatten(1).median(1).values[:, None, None]).any(0)
-            outliers += int(found.sum())
-            rows += len(batch)
-            seen.update(batch.to(found.device)[:, 1:][found[:, 1:]].tolist())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    count = min(limit, max(1, round(outliers / rows)))
     first = model.config.bos_token_id
     if isinstance(first, (list, tuple)):
         first = first[0]
     if first is None:
         raise ConversionError("the model names no BOS token: give pass_options={'prefix': {'tokens': [...]}}")
+    seen: collections.Counter[int] = collections.Counter()
+    outliers = rows = 0
+    for batch in windows[:8]:
+        of_layer, _ = _largest(model, batch)
+        found = (of_layer > threshold * of_layer.flatten(1).median(1).values[:, None, None]).any(0)
+        outliers += int(found.sum())
+        rows += len(batch)
+        seen.update(batch.to(found.device)[:, 1:][found[:, 1:]].tolist())
+    count = min(limit, max(1, round(outliers / rows)))
     others = [token for token, _ in seen.most_common() if token != first]
-    return (*others[: count - 1], first)
+    return _lengthened(model, windows, (*others[: count - 1], first), limit)
+
+
+def _lengthened(model: Any, windows: Sequence[Tensor], prefix: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    """The prefix with frequent tokens ahead, as long as they take outliers of a text's first tokens away."""
+    size = min(BEGINNING, min(batch.shape[1] for batch in windows))
+    texts = torch.cat([batch[:, :size].cpu() for batch in windows[:BEGINNINGS]])[:BEGINNINGS]
+    frequent = collections.Counter(token for batch in windows[:8] for token in batch.flatten().tolist())
+    best = _outlier_and_loss(model, texts, prefix)
+    while len(prefix) < limit:
+        candidates = [token for token, _ in frequent.most_common(CANDIDATES + len(prefix)) if token not in prefix]
+        tried = {(token, *prefix): _outlier_and_loss(model, texts, (token, *prefix)) for token in candidates}
+        smallest = min((outlier for outlier, _ in tried.values()), default=best[0])
+        if smallest >= BETTER * best[0]:
+            break
+        # Of those that do about as well, the one that the model likes best.
+        near = {each: loss for each, (outlier, loss) in tried.items() if outlier < smallest / BETTER}
+        prefix = min(near, key=lambda each: near[each])
+        best = tried[prefix]
+    return prefix
+
+
+def _outlier_and_loss(model: Any, texts: Tensor, prefix: tuple[int, ...]) -> tuple[float, float]:
+    """Largest magnitude over its layer's median behind a prefix, and the mean loss of the texts' tokens."""
+    texts = texts.to(model.device)
+    ahead = torch.tensor([prefix], device=model.device).expand(len(texts), -1)
+    of_layer, logits = _largest(model, torch.cat([ahead, texts], 1))
+    of_layer = of_layer[:, :, len(prefix) :].flatten(1)
+    loss = F.cross_entropy(logits[:, len(prefix) : -1].float().flatten(0, 1), texts[:, 1:].flatten())
+    return float((of_layer.amax(1) / of_layer.median(1).values.clamp(min=1e-12)).max()), float(loss)
+
+
+def _largest(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitude of every token's input to every `down_proj`, `[layers, B, S]`, and the logits."""
+    largest: list[Tensor] = []
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, given: largest.append(given[0].abs().amax(-1)))
+        for layer in model.model.layers
+    ]
+    try:
+        logits = model(ids.to(model.device), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(largest), logits
