@@ -37,7 +37,10 @@ class Bench:
         passes = ["rotate", "prefix"] if arguments.bits is None else ["rotate", "quantize-weights", "prefix"]
         passes += ["defer-softmax"] if arguments.defer else []
         prefix = {"tokens": arguments.prefix} if arguments.prefix else {}
-        options = {"prefix": prefix, "quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64}}
+        options = {
+            "prefix": prefix,
+            "quantize-weights": {"bits": arguments.bits, "group": 0 if arguments.bits == 8 else 64},
+        }
         config = ConversionConfig.resolve(recipe, {"passes": passes, "pass_options": options})
         batches = self.architecture.calibration(
             self.opened, arguments.calibrate, seqlen=512, tokens=arguments.calibrate_tokens, config=config
@@ -114,7 +117,7 @@ def parser(description: str, tables: tuple[str, ...], steps: list[int]) -> argpa
     found.add_argument("--only", action="append", help="name of a variant; may be given several times")
     found.add_argument("--bits", type=int, choices=(4, 8), help="quantize the weights first (4 bits: groups of 64)")
     found.add_argument("--defer", action="store_true", help="also apply defer-softmax")
-    found.add_argument("--prefix", type=lambda text: tuple(int(each) for each in text.split(",")), help="its tokens")
+    found.add_argument("--prefix", type=lambda text: [int(each) for each in text.split(",")], help="its tokens")
     found.add_argument("--model", default="smollm2")
     found.add_argument("--tokens", type=int, default=5120)
     found.add_argument("--calibrate-tokens", type=int, default=8192)
