@@ -1,6 +1,7 @@
 """Phase codes on a small language model: perplexity by steps and variant, and where the error comes from.
 
     python benchmarks/phase_tables.py variants --calibrate TEXT --ppl TEXT [--steps 6,8,10]
+    python benchmarks/phase_tables.py errors --calibrate TEXT --ppl TEXT [--steps 6,8,10]
     python benchmarks/phase_tables.py sites --calibrate TEXT --ppl TEXT --steps 6
     python benchmarks/phase_tables.py plots --calibrate TEXT --ppl TEXT
 
@@ -71,6 +72,18 @@ def variants(bench: Bench) -> Iterator[list[str]]:
             yield row
 
 
+def errors(bench: Bench) -> Iterator[list[str]]:
+    """Squared error over rounding's at every site: mean, smallest and largest, without a look at the model's output."""
+    for steps in bench.arguments.steps:
+        bench.code(phase("base2-round", steps))
+        rounding = bench.error()
+        for name in bench.arguments.only or ("las", "mgpc, 2 grains", "mgpc, 3 grains"):
+            bench.code(phase(name, steps))
+            ratios = [error / rounding[site] for site, error in bench.error().items()]
+            mean = sum(ratios) / len(ratios)
+            yield [str(steps), name, f"{mean:.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}", str(len(ratios))]
+
+
 def by_site(bench: Bench) -> Iterator[list[str]]:
     kinds = sorted({site.kind for site in bench.sites.values()})
     for steps in bench.arguments.steps:
@@ -117,7 +130,8 @@ def _plain(p: CodeParams) -> CodeParams:
 
 def main() -> None:
     bench = Bench(
-        parser(__doc__.splitlines()[0], ("variants", "sites", "plots"), [6, 8, 10]).parse_args(), "base2-round"
+        parser(__doc__.splitlines()[0], ("variants", "errors", "sites", "plots"), [6, 8, 10]).parse_args(),
+        "base2-round",
     )
     print(bench.header())
     if bench.arguments.table == "plots":
@@ -125,6 +139,8 @@ def main() -> None:
     elif bench.arguments.table == "variants":
         head = ["T", "variant", "perplexity", "error / rounding's", "CPU s to fit", "energy / dense"]
         show([*head, "PrefixQuant's sites"], variants(bench))
+    elif bench.arguments.table == "errors":
+        show(["T", "variant", "mean", "smallest", "largest", "sites"], errors(bench))
     else:
         show(["T", "variant", "kind of site", "coded alone", "left dense alone"], by_site(bench))
 
