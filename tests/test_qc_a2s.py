@@ -21,13 +21,12 @@ def spiking(build, ids):
 
 
 def quantize_like(model):
-    """PyTorch's own fake quantization in every site's place: the quantized model that the spiking one came from."""
+    """Eq. 10 written out in every site's place: the quantized model that the spiking one came from."""
     quantized = copy.deepcopy(model)
     for site in sites(quantized).values():
-        scale, zero = float(site.scale), int(site.zero)
 
-        def forward(x, new=None, receive=None, *, scale=scale, zero=zero, top=site.encoder.top):
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, top)
+        def forward(x, new=None, receive=None, *, scale=site.scale, zero=site.zero, top=site.encoder.top):
+            return scale * (torch.floor(x / scale + 0.5) + zero).clamp(0, top) - scale * zero
 
         site.forward = forward
     return quantized
@@ -36,7 +35,7 @@ def quantize_like(model):
 def test_equals_the_quantized_model(spiking, build, ids):
     quantized = quantize_like(spiking)
     logits = spiking(ids).logits.detach()
-    torch.testing.assert_close(logits, quantized(ids).logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, quantized(ids).logits.detach(), rtol=1e-6, atol=1e-6)
     dense = build()
     spikeplug.get_pass("prefix", tokens=(5, 1)).apply(dense)
     reference = dense(ids).logits.detach()

@@ -135,7 +135,8 @@ def first_spikes():
 
 
 def test_qc_a2s_equals_the_quantized_model_it_came_from(first_spikes):
-    """PyTorch's own fake quantization in every site's place, with the same scales and zero points."""
+    """Eq. 10 written out in every site's place. PyTorch's fake_quantize would not do: it multiplies by 1 / λ and rounds
+    half to even, and one other code in a million grows, by later roundings, to 0.4 % of perplexity."""
     dense, opened, _ = first_spikes
     spiking = _perplexity(opened)
     assert spiking == pytest.approx(dense, rel=0.1)
@@ -143,10 +144,9 @@ def test_qc_a2s_equals_the_quantized_model_it_came_from(first_spikes):
     coded = sites(opened.model)
     try:
         for site in coded.values():
-            scale, zero = float(site.scale), int(site.zero)
 
-            def forward(x, new=None, receive=None, *, scale=scale, zero=zero, top=site.encoder.top):
-                return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, top)
+            def forward(x, new=None, receive=None, *, scale=site.scale, zero=site.zero, top=site.encoder.top):
+                return scale * (torch.floor(x / scale + 0.5) + zero).clamp(0, top) - scale * zero
 
             site.forward = forward
         with torch.no_grad():
