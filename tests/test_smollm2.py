@@ -136,7 +136,7 @@ def first_spikes():
 
 def test_qc_a2s_equals_the_quantized_model_it_came_from(first_spikes):
     """Eq. 10 written out in every site's place. PyTorch's fake_quantize would not do: it multiplies by 1 / λ and rounds
-    half to even, and one other code in a million grows, by later roundings, to 0.4 % of perplexity."""
+    half to even, and was seen to end 0.4 % of perplexity away."""
     dense, opened, _ = first_spikes
     spiking = _perplexity(opened)
     assert spiking == pytest.approx(dense, rel=0.1)
