@@ -53,16 +53,24 @@ def test_percentiles_come_out_the_same(tmp_path):
             assert torch.equal(getattr(kept[name], field), getattr(stats, field))
 
 
+def other_statistics():
+    """The same weights, and other batch-norm statistics, which are buffers."""
+    model = build()
+    model[1].running_mean += 1
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "options", "message"),
     [
         (build(1), data(), {}, "another model"),
         (build(0, 6), data(), {}, "another model"),
+        (other_statistics(), data(), {}, "another model"),
         (build(), data(1), {}, "other calibration data"),
         (build(), data() * 2, {}, "other calibration data"),
         (build(), data(), {"passes": ["fold-bn"]}, "another model"),
     ],
-    ids=["weights", "shape", "data", "more data", "passes"],
+    ids=["weights", "shape", "buffers", "data", "more data", "passes"],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, model, batches, options, message):
     file = tmp_path / "seen"

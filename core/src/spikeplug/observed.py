@@ -113,10 +113,11 @@ def _compare(path: object, said: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and some values of all parameters but those of sites."""
-    own = {id(tensor) for module in model.modules() if isinstance(module, Coder) for tensor in module.parameters()}
-    named = ((name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in own)
-    return _digest((name, _probe(tensor), tuple(tensor.shape)) for name, tensor in named)
+    """SHA-256 of the names, shapes and some values of all parameters and buffers but those of sites."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    coders = [f"{name}." for name, module in model.named_modules() if isinstance(module, Coder)]
+    own = ((name, tensor) for name, tensor in tensors.items() if not any(name.startswith(each) for each in coders))
+    return _digest((name, _probe(tensor), tuple(tensor.shape)) for name, tensor in own)
 
 
 def _probe(tensor: Tensor) -> Tensor:
