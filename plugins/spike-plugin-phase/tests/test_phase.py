@@ -188,7 +188,8 @@ def test_learning_is_deterministic():
 
 
 def test_best_iterate_is_kept():
-    learned = learn(Phase(steps=6, grains=2, lr_neuron=5.0, lr_bases=5.0), [HEAVY.abs() / HEAVY.abs().max()])[0]
+    code = Phase(steps=6, grains=2, lr_neuron=5.0, lr_bases=5.0)
+    learned = learn(code, [HEAVY.abs() / HEAVY.abs().max()])[0]
     assert learned.losses[-1] > learned.losses[0]  # such steps lead away
     x = (HEAVY.abs() / HEAVY.abs().max())[:10000].float()
     v, y = x.clone(), torch.zeros_like(x)
@@ -196,7 +197,7 @@ def test_best_iterate_is_kept():
         s = (v >= threshold).float()
         v, y = v - reset * s, y + weight * s
     assert float((y - x).square().mean()) * 4**6 <= float(learned.losses.min()) * 1.001
-    assert learned.course.shape == (17, 2)
+    assert learned.course.shape == (code.rounds + 1, 2)
 
 
 def test_gradient_of_the_bases_is_the_true_one():

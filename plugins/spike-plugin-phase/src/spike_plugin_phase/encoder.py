@@ -36,7 +36,7 @@ class Learning:
         OptionError: an option is out of range.
     """
 
-    rounds: int = 16
+    rounds: int = 32
     inner_neuron: int = 5
     inner_bases: int = 5
     lr_neuron: float = 0.3

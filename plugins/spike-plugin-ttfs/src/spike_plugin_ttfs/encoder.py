@@ -20,7 +20,10 @@ from spikeplug.types import CodeParams, Encoder, impulse, straight_through
 MAX_STEPS = 4096
 CONTINUOUS_MAX_STEPS = 16384
 SHARES = 41
-"""Clipped ranges that a search compares, from all of the range seen to a hundredth of it."""
+"""Clipped ranges that a search compares first, from all of the range seen to a hundredth of it."""
+
+WIDTHS = (0.1, 0.03, 0.01)
+"""Steps by which it then moves either end, as shares of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TTFS(Encoder):
         steps: T, 2 to 4096, the number of time steps and of codes.
         rounding: `floor` as in Eq. 10; or `nearest`, a threshold lower by half of λ: `floor(x / λ + 1/2)`.
         percentile: share of the calibration values, in percent, that the range covers.
-        clip: `none`, or `mse`: the range is shrunk to the one with the least squared error.
+        clip: `none`, or `mse`: the range is shrunk to the one with the least squared error, each end for itself.
         power_of_two: whether T must be one, as for a quantized model of n bits.
 
     Raises:
@@ -79,15 +82,26 @@ class TTFS(Encoder):
             raise CalibrationError(
                 f"every activation seen is {float(low):g}: a range of no width has no code; exclude the site"
             )
-        shares = torch.logspace(0, -2, SHARES, dtype=torch.float64) if self.clip == "mse" else torch.ones(1)
-        best, chosen = float("inf"), None
-        for share in shares:
-            p = self.params_of(low * share, high * share, stats)
-            error = float((self.fused(stats.values, p) - stats.values).double().square().mean())
-            if chosen is None or error < best:
-                best, chosen = error, p
-        assert chosen is not None
-        return chosen
+        if self.clip == "none":
+            return self.params_of(low, high, stats)
+        seen = torch.stack([low, high])
+        found = self._best([seen * share for share in torch.logspace(0, -2, SHARES, dtype=torch.float64)], stats)
+        # Then one end at a time, ever finer: tails are seldom alike.
+        for width in WIDTHS:
+            for end in (0, 1):
+                ranges = [found[1].clone() for _ in range(9)]
+                for each, by in zip(ranges, range(-4, 5), strict=True):
+                    each[end] = (each[end] * (1 + width * by)).clamp(low, high)
+                found = self._best(ranges, stats)
+        return self.params_of(*found[1], stats)
+
+    def _best(self, ranges: list[Tensor], stats: ActivationStats) -> tuple[float, Tensor]:
+        """The range `[2]` with the least squared error on the sample, and that error."""
+        found = []
+        for each in ranges:
+            p = self.params_of(*each, stats)
+            found.append((float((self.fused(stats.values, p) - stats.values).double().square().mean()), each))
+        return min(found, key=lambda pair: pair[0])
 
     def params_of(self, low: Tensor, high: Tensor, stats: ActivationStats) -> CodeParams:
         """Parameters of a range, and what was seen, which the error's bound is about.
