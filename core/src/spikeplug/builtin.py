@@ -34,4 +34,4 @@ def spikeplug_recipes() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_architectures() -> dict[str, str]:
-    return {"torch": "spikeplug.modules:ModuleTree"}
+    return {"torch": "spikeplug.modules:ModuleTree", "spikeplug": "spikeplug.network:GraphArchitecture"}

@@ -36,7 +36,17 @@ TERMINATED = 143
 """Exit status after SIGTERM."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a .gguf file, or 'smollm2'.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Language model: a folder, a hub id, a .gguf file, or 'smollm2'. "
+        "Image network: a torchvision or timm name, cifar_resnet20, module:function, or a folder."
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Image network: a folder of images or of a folder per class, a CIFAR root, an ImageNet root."),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
 
@@ -170,8 +180,11 @@ def doctor_command(as_json: Json = False) -> None:
 def convert_command(
     model: Model,
     recipe: Annotated[str, typer.Option(help="Name of a recipe: `spikeplug ls recipes`.")],
-    calibrate: Annotated[Path, typer.Option(help="Text file to calibrate on.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    calibrate: Annotated[Path | None, typer.Option(help="Language model: text file to calibrate on.")] = None,
+    images: Images = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict of the image network: .safetensors, .pth.")] = None,
+    count: Annotated[int, typer.Option(help="Images to calibrate on.")] = 1000,
     setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the recipe.")] = [],  # noqa: B006
     calibrate_tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 16384,
     seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
@@ -183,21 +196,30 @@ def convert_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Convert a language model and write the spiking one to a folder."""
+    """Convert a network and write the spiking one to a folder: a language model, or with --images an image network."""
     from spikeplug.bundle import check_writable, save
     from spikeplug.config import ConversionConfig
     from spikeplug.conversion import convert, report
 
     config = ConversionConfig.resolve(recipe, settings(setting))
     check_writable(out, overwrite=force)
-    _need_file(calibrate)
-    architecture = language()
-    opened = architecture.open(model, dtype=dtype, device=device)
-    batches = architecture.calibration(opened, calibrate, seqlen=seqlen, tokens=calibrate_tokens, config=config)
-    with progress() as watch:
-        convert(opened.model, config, calibration=batches, observed=observed, watch=watch)
-    save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
-    found = report(opened.model)
+    if images is not None:
+        _refuse_both("--calibrate", calibrate)
+        with progress() as watch:
+            spiking = vision().convert(
+                model, recipe, config, images, weights=weights, count=count, observed=observed, watch=watch
+            )
+        save(spiking, out, overwrite=force)
+        found = report(spiking)
+    else:
+        text = _need_file(calibrate, "--calibrate TEXT, or --images for an image network")
+        architecture = language()
+        opened = architecture.open(model, dtype=dtype, device=device)
+        batches = architecture.calibration(opened, text, seqlen=seqlen, tokens=calibrate_tokens, config=config)
+        with progress() as watch:
+            convert(opened.model, config, calibration=batches, observed=observed, watch=watch)
+        save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
+        found = report(opened.model)
     if as_json:
         print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
     else:
@@ -208,7 +230,14 @@ def convert_command(
 @app.command("eval")
 def eval_command(
     model: Model,
-    ppl: Annotated[Path, typer.Option(help="Text file to measure perplexity on.")],
+    ppl: Annotated[Path | None, typer.Option(help="Language model: text file to measure perplexity on.")] = None,
+    images: Images = None,
+    weights: Annotated[Path | None, typer.Option(help="State dict of a dense image network.")] = None,
+    count: Annotated[int | None, typer.Option(help="Use only so many images.")] = None,
+    batch: Annotated[int, typer.Option(help="Images at a time.")] = 16,
+    framework: Annotated[
+        str, typer.Option(help="torch, spikingjelly or snntorch: what an image network runs in.")
+    ] = "torch",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window; windows do not overlap.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
     execution: Annotated[str | None, typer.Option(help="fused or stepped.")] = None,
@@ -216,10 +245,14 @@ def eval_command(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of a model, spiking or dense, with its protocol, speed and spikes."""
+    """Measure a network, spiking or dense, with protocol, speed and spikes: perplexity, or with --images accuracy."""
     from spikeplug.conversion import set_execution
 
-    _need_file(ppl)
+    if images is not None:
+        _refuse_both("--ppl", ppl)
+        _eval_images(model, images, weights, count, batch, framework, execution, device, as_json)
+        return
+    ppl = _need_file(ppl, "--ppl TEXT, or --images for an image network")
     architecture = language()
     opened = architecture.open(model, dtype=dtype, device=device)
     if execution is not None:
@@ -238,6 +271,54 @@ def eval_command(
         found = result["energy"]
         memory = f"{found['ratio_with_memory']:.3f} x with memory and neurons"
         typer.echo(f"energy     {found['ratio']:.3f} x dense, {memory}")
+        typer.echo(f"           {found['assumptions']}")
+
+
+def _eval_images(
+    model: str,
+    images: Path,
+    weights: Path | None,
+    count: int | None,
+    batch: int,
+    framework: str,
+    execution: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    from spikeplug.conversion import set_execution
+
+    if batch < 1:
+        raise OptionError(f"--batch {batch}: at least 1 is needed")
+    if count is not None and count < 1:
+        raise OptionError(f"--count {count}: at least 1 is needed")
+    opened = vision().open(model, weights)
+    if execution is not None:
+        set_execution(opened, execution)  # type: ignore[arg-type]
+    with progress() as watch:
+        result = vision().evaluate(
+            opened, images, count=count, framework=framework, device=device, batch=batch, watch=watch
+        )
+    if as_json:
+        print_json(result)
+        return
+    typer.echo("protocol   " + ", ".join(f"{key} {value}" for key, value in result["protocol"].items()))
+    for name in ("dense", "spiking"):
+        if name not in result:
+            continue
+        found = result[name]
+        known = found["top1"] is not None
+        accuracy = f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}" if known else "no labels"
+        typer.echo(f"{name:<10} {accuracy}, {found['ms_per_image']:.1f} ms per image")
+    if "spiking" in result:
+        found = result["spiking"]
+        where = f"in {found['framework']}, {found['steps_to_result']} steps to the result"
+        typer.echo(f"           {found['agreement']:.2%} of predictions agree; {where}")
+    if "energy" in result:
+        found = result["energy"]
+        typer.echo(f"spikes     {result['spikes']['per_image']:,.0f} per image")
+        typer.echo(
+            f"energy     {found['ratio']:.3f} x dense, {found['ratio_with_memory']:.3f} x with memory and neurons"
+        )
         typer.echo(f"           {found['assumptions']}")
 
 
@@ -265,7 +346,7 @@ def train_command(
 
     built = registry.get_trainer(trainer, **settings(setting))
     check_writable(out, overwrite=force)
-    _need_file(text)
+    _need_file(text, "--text TEXT")
     if batch < 1:
         raise OptionError(f"--batch {batch}: at least 1 is needed")
     kept = checkpoint or out.with_name(f"{out.name}.checkpoint")
@@ -334,10 +415,23 @@ def progress() -> Iterator[Callable[[str, int, int | None], None]]:
         yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)
 
 
-def _need_file(path: Path) -> None:
+def vision() -> Any:
+    """What opens image networks. Raises UnknownNameError when its plugin is not installed."""
+    return registry.get_class("architecture", "vision")()
+
+
+def _need_file(path: Path | None, wanted: str) -> Path:
     """Refuse a missing text before a model is loaded for it."""
+    if path is None:
+        raise OptionError(f"what to work on is missing: give {wanted}")
     if not path.is_file():
         raise OptionError(f"cannot read the text {path}: {'it is no file' if path.exists() else 'it does not exist'}")
+    return path
+
+
+def _refuse_both(option: str, given: object) -> None:
+    if given is not None:
+        raise OptionError(f"{option} is for language models, --images for image networks: give one of them")
 
 
 def _brings(parts: dict[str, list[str]]) -> str:

@@ -35,6 +35,9 @@ class ConversionConfig(pydantic.BaseModel):
         include: what is converted: patterns of names (`*.down_proj`), kinds (`query`, `silu`) or subsystems (`ffn`,
             `activation`, `attention`, `embedding`, `norm`).
         exclude: what of that stays dense, in the same words.
+        structure: of a plain PyTorch model. `modules`: every weighted layer in its tree codes its own input. `graph`:
+            it is traced, every operation gets a role, and layers that read one activation share its spikes. `auto`:
+            `graph` where there are convolutions or the code flows, else `modules`.
         execution: `fused` or `stepped`, how the model runs after conversion.
         samples: values kept per site while calibrating, for percentiles and for schemes that learn.
     """
@@ -56,6 +59,7 @@ class ConversionConfig(pydantic.BaseModel):
     approximator_follows: dict[str, str] = {}
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    structure: Literal["auto", "graph", "modules"] = "auto"
     execution: Literal["fused", "stepped"] = "fused"
     samples: int = pydantic.Field(default=65536, ge=1)
 
@@ -115,32 +119,43 @@ class ConversionConfig(pydantic.BaseModel):
         if own.get("neuron", preset["neuron"]) != preset["neuron"]:
             preset |= {"neuron_options": {}, "neuron_follows": {}}
         config = cls.parse({**preset, **own})
-        of_encoder = _fields("encoder", config.encoder)
-        of_others = {name: _fields("approximator", name) for name in set(config.approximators.values())}
-        for key in rest:
-            known = of_encoder.union(*of_others.values())
-            if key not in known:
-                choices = known | set(cls.model_fields)
-                raise OptionError(
-                    f"unknown option '{key}' of recipe '{config.recipe}'{nearest(key, choices)} "
-                    f"Options: {listed(known)}; of every recipe: {listed(cls.model_fields)}."
-                )
-        encoder_options = preset["encoder_options"] | own.get("encoder_options", {})
-        encoder_options |= {key: value for key, value in rest.items() if key in of_encoder}
-        approximator_options = {name: dict(given) for name, given in config.approximator_options.items()}
-        for name, fields in of_others.items():
-            found = {key: value for key, value in rest.items() if key in fields - of_encoder}
-            if found:
-                approximator_options[name] = approximator_options.get(name, {}) | found
-        config = config.model_copy(
-            update={"encoder_options": encoder_options, "approximator_options": approximator_options}
-        )
-        config.build()
+        config = config._with_options(preset["encoder_options"] | own.get("encoder_options", {}), rest)
+        if config.build()[0].flows and config.neuron is not None:
+            if own.get("execution") == "fused":
+                raise OptionError(f"execution='fused': trains of '{config.encoder}' flow, they run stepped only")
+            config = config.model_copy(update={"execution": "stepped"})
         for pattern in config.overrides:
             config._built(config.overrides[pattern])
         config.build_approximators()
         config.build_passes()
         return config
+
+    def _with_options(self, of_code: dict[str, Any], options: Mapping[str, Any]) -> ConversionConfig:
+        """This configuration with options of the code, else of the neuron, else of the approximators that have them."""
+        of_encoder = _fields("encoder", self.encoder)
+        of_neuron = _fields("neuron", self.neuron) - set(self.neuron_follows) if self.neuron else set()
+        of_others = {name: _fields("approximator", name) for name in set(self.approximators.values())}
+        for key in options:
+            known = of_encoder.union(of_neuron, *of_others.values())
+            if key not in known:
+                choices = known | set(type(self).model_fields)
+                raise OptionError(
+                    f"unknown option '{key}' of recipe '{self.recipe}'{nearest(key, choices)} "
+                    f"Options: {listed(known)}; of every recipe: {listed(type(self).model_fields)}."
+                )
+        approximator_options = {name: dict(given) for name, given in self.approximator_options.items()}
+        for name, fields in of_others.items():
+            found = {key: value for key, value in options.items() if key in fields - of_encoder - of_neuron}
+            if found:
+                approximator_options[name] = approximator_options.get(name, {}) | found
+        return self.model_copy(
+            update={
+                "encoder_options": of_code | {key: options[key] for key in options if key in of_encoder},
+                "neuron_options": self.neuron_options
+                | {key: options[key] for key in options if key in of_neuron - of_encoder},
+                "approximator_options": approximator_options,
+            }
+        )
 
     def build(self, name: str = "", *labels: str) -> tuple[Encoder, Neuron | None]:
         """The encoder and the neuron of the place of that name, kind and subsystem.
@@ -161,7 +176,8 @@ class ConversionConfig(pydantic.BaseModel):
             return encoder, None
         followed = {key: getattr(encoder, option) for key, option in self.neuron_follows.items()}
         neuron = plugins.get_neuron(self.neuron, **{**followed, **self.neuron_options})
-        _check_pair(encoder, neuron)
+        if not encoder.flows:  # where trains flow, the neuron answers currents and not an activation
+            _check_pair(encoder, neuron)
         return encoder, neuron
 
     def build_passes(self) -> list[Pass]:

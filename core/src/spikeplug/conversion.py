@@ -15,6 +15,7 @@ from spikeplug.architecture import Architecture, Watch, unwatched
 from spikeplug.config import ConversionConfig, config_of
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
+from spikeplug.flow import FlowLayer, FlowSite
 from spikeplug.observed import load_observed, save_observed
 from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
 from spikeplug.stats import ActivationStats, Observer
@@ -47,7 +48,7 @@ def convert(
     watch: Watch = unwatched,
     **options: Any,
 ) -> nn.Module:
-    """Turn a dense model into a spiking one, in place, and return it.
+    """Turn a dense model into a spiking one, in place, and return it; a traced one is a new module around its layers.
 
     Args:
         model: what to convert: a plain PyTorch model, or one of a kind whose plugin is installed.
@@ -68,10 +69,10 @@ def convert(
     """
     config = ConversionConfig.resolve(recipe, options)
     encoder, _ = config.build()
-    _refuse_target(recipe, architecture_of(model))
+    refuse_target(recipe, architecture_of(model))
     if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
-    if any(isinstance(module, Coder) for module in model.modules()):
+    if any(isinstance(module, (Coder, FlowLayer)) for module in model.modules()):
         raise ConversionError(
             f"{type(model).__name__} is a converted model already: convert a dense one; if its calibration failed, "
             "call spikeplug.calibrate(model, batches)"
@@ -99,7 +100,8 @@ def _seen(
     return found
 
 
-def _refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Architecture) -> None:
+def refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Architecture) -> None:
+    """Raise ConversionError where a recipe is not meant for such models."""
     preset = plugins.get_recipe(recipe) if isinstance(recipe, str) else recipe
     if isinstance(preset, Recipe) and architecture.target not in preset.targets:
         raise ConversionError(
@@ -228,6 +230,8 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
     if execution not in EXECUTIONS:
         raise OptionError(f"execution='{execution}': choose one of {', '.join(EXECUTIONS)}")
     for site in sites(model).values():
+        if isinstance(site, FlowSite) and execution == "fused":
+            raise OptionError(f"execution='fused': trains of '{site.encoder.name}' flow, they run stepped only")
         site.execution = execution
         site.forget()
     config = getattr(model, "spikeplug_config", None)

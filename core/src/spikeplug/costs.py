@@ -16,6 +16,7 @@ from torch import nn
 from spikeplug.conversion import SpikeCounts, architecture_of, count_spikes, report
 from spikeplug.coverage import Op
 from spikeplug.errors import CalibrationError
+from spikeplug.flow import FlowSite
 from spikeplug.site import Site, SpikeCount, sites
 
 
@@ -153,7 +154,7 @@ def charge(model: nn.Module, counts: SpikeCounts, units: int, costs: CostModel |
     if any(op.macs is None for op in found.ops):
         raise CalibrationError("the MACs of the model are not known: calibrate it first")
     fired = {name: count for name, count in counts.by_site.items() if count.neurons}
-    coded = {name: site for name, site in sites(model).items() if name in fired and isinstance(site, Site)}
+    coded = {name: site for name, site in sites(model).items() if name in fired and isinstance(site, (Site, FlowSite))}
     updates = sum(fired[name].neurons * site.encoder.steps * site.encoder.updates for name, site in coded.items())
     spikes = sum(fired[name].spikes for name in coded)
     ops = tuple(_charged(op, fired) for op in found.ops)
@@ -164,7 +165,8 @@ def _charged(op: Op, fired: Mapping[str, SpikeCount]) -> OpEnergy:
     macs = float(op.macs or 0)
     if op.role != "spiking":
         return OpEnergy(op.name, op.role, macs, macs, 0.0)
-    count = fired.get(op.site)
-    if count is None:  # no batch reached it
+    counts = [fired[name] for name in op.site.split(", ") if name in fired]
+    if not counts:  # no batch reached it
         return OpEnergy(op.name, op.role, macs, macs, 0.0)
-    return OpEnergy(op.name, op.role, macs, 0.0, macs * count.spikes / count.neurons)
+    rate = sum(count.spikes for count in counts) / sum(count.neurons for count in counts)
+    return OpEnergy(op.name, op.role, macs, 0.0, macs * rate)

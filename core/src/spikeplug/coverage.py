@@ -11,6 +11,7 @@ from spikeplug.types import Encoder
 ROLES = {
     "spiking": "weighted layer on spikes: accumulates (AC) in place of multiply-accumulates (MAC)",
     "coded": "carried by spikes, no multiplication",
+    "neuron": "part of neurons: done on their accumulated input",
     "decoded": "product of two activations: both carried by spikes, decoded, multiplied as MACs",
     "folded": "merged into another layer",
     "approximated": "nonlinear operation in spikes",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spikeplug.errors import ConversionError
@@ -60,6 +60,45 @@ def _fits(layer: nn.Module, norm: Any) -> bool:
     """Whether the norm's features are the layer's outputs. A linear layer's input must be `[B, F]`."""
     outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
     return isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and outputs == norm.num_features
+
+
+def norm_line(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift `[C]` of a frozen BN: `y = scale * x + shift`."""
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.running_var + norm.eps) * (1 if norm.weight is None else norm.weight)
+        return scale, (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+
+
+def fold_pair(first: nn.Module, second: nn.Module) -> bool:
+    """Merge two layers, one of them a frozen BN, into the other one in place; return whether that is possible.
+
+    A BN ahead of a convolution with padding cannot be merged: its shift is not what is padded.
+    """
+    if isinstance(second, NORMS):
+        if not _fits(first, second):
+            return False
+        _fold(first, second, "")
+        return True
+    if isinstance(second, nn.Linear) and second.in_features == first.num_features:
+        scale, shift = norm_line(first)
+        moved = shift @ second.weight.detach().T
+        weight = second.weight.detach() * scale
+    elif isinstance(second, CONVOLUTIONS) and second.in_channels == first.num_features and not any(second.padding):
+        scale, shift = norm_line(first)
+        groups = second.weight.shape[0] // second.groups
+        by_output = [scale.reshape(second.groups, -1)[index // groups] for index in range(second.weight.shape[0])]
+        shifts = [shift.reshape(second.groups, -1)[index // groups] for index in range(second.weight.shape[0])]
+        extra = [1] * (second.weight.ndim - 2)
+        moved = (
+            (second.weight.detach() * torch.stack(shifts).reshape(*second.weight.shape[:2], *extra)).flatten(1).sum(1)
+        )
+        weight = second.weight.detach() * torch.stack(by_output).reshape(*second.weight.shape[:2], *extra)
+    else:
+        return False
+    second.weight = nn.Parameter(weight, requires_grad=second.weight.requires_grad)
+    bias = moved if second.bias is None else second.bias.detach() + moved
+    second.bias = nn.Parameter(bias, requires_grad=second.weight.requires_grad)
+    return True
 
 
 def _fold(layer: Any, norm: Any, name: str) -> None:

@@ -41,7 +41,7 @@ class SpikingLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same signature and result shape as the dense layer's."""
         site = self.source
-        if site.execution == "stepped" and site.observer is None:
+        if site.execution == "stepped" and site.observer is None and not site.passing:
             stepped: Tensor = site(x, receive=functools.partial(self._stepped, x))
             return stepped
         return self.synapse(site(x), self.weight, self.bias)

@@ -11,10 +11,12 @@ import safetensors.torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spikeplug import network
 from spikeplug.architecture import Architecture
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, spiking_op
 from spikeplug.errors import BundleError, ConversionError, OptionError
+from spikeplug.fold import CONVOLUTIONS
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.nonlinear import OPS, approximate, labels_of, within
 from spikeplug.site import Coder, Site
@@ -30,20 +32,21 @@ DENSE_WITH_WEIGHTS = (
 )
 """Modules with parameters that stay in floating point, and that the report lists so."""
 
-WEIGHTS = "model.safetensors"
 LAYERS = "layers.json"
 
 
 class ModuleTree(Architecture):
-    """Swaps `nn.Linear` and `nn.Conv*d` for their spiking twins wherever they stand in the tree.
+    """Hands networks with convolutions to `spikeplug.network`. Of others, it swaps `nn.Linear` for its spiking twin.
 
-    A module that owns parameters and is neither one of those nor known to stay dense is refused, so that no weighted
-    operation is left dense unseen.
+    A module that owns parameters and is neither one of `SPIKING` nor known to stay dense is refused, so that no
+    weighted operation is left dense unseen.
     """
 
     target: ClassVar[str] = "module"
 
     def prepare(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
+        if as_graph(model, config):
+            return network.prepare(model, config)
         names = {name for name, module in model.named_modules() if type(module) in SPIKING}
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
@@ -103,7 +106,7 @@ class ModuleTree(Architecture):
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' of save: a plain PyTorch model takes none")
         # save_model stores tied weights once, which save_file refuses.
-        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+        safetensors.torch.save_model(model, str(folder / network.WEIGHTS))
         described = {"macs": model.spikeplug_macs, "folded": model.spikeplug_folded}
         (folder / LAYERS).write_text(json.dumps(described, indent=1))
 
@@ -118,20 +121,15 @@ class ModuleTree(Architecture):
         model = self.prepare(model, config)
         model.spikeplug_folded = described["folded"]
         model.spikeplug_macs = described["macs"]
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        for name, module in model.named_modules():
-            own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-            if isinstance(module, Coder) and own:
-                module.set_params(own)
-        for name, tensor in model.state_dict().items():
-            if name in tensors and tensors[name].dtype != tensor.dtype:
-                wanted, found = tensors[name].dtype, tensor.dtype
-                raise BundleError(f"{folder}: '{name}' is {wanted}, the given network's is {found}: convert it first")
-        try:
-            safetensors.torch.load_model(model, folder / WEIGHTS)
-        except (RuntimeError, KeyError) as error:
-            raise BundleError(f"{folder} does not fit the given {type(model).__name__}: {error}") from None
+        network.restore(model, folder, type(model).__name__)
         return model
+
+
+def as_graph(model: nn.Module, config: ConversionConfig) -> bool:
+    """Whether the network is traced, as `ConversionConfig.structure` says."""
+    if config.structure != "auto":
+        return config.structure == "graph"
+    return config.build()[0].flows or any(isinstance(module, CONVOLUTIONS) for module in model.modules())
 
 
 def _choices() -> str:

@@ -69,6 +69,14 @@ FIRST_PARTY = {
     ("pass", "quantize-weights"): "spikeplug-transformers",
     ("pass", "defer-softmax"): "spikeplug-transformers",
     ("command", "demo"): "spikeplug-transformers",
+    ("encoder", "css"): "spike-plugin-css",
+    **{("neuron", name): "spike-plugin-css" for name in ("tsa", "tsa-relu")},
+    ("trainer", "css-adjust"): "spike-plugin-css",
+    **{("recipe", name): "spike-plugin-css" for name in ("css", "css-q")},
+    ("framework", "spikingjelly"): "spikeplug-spikingjelly",
+    ("framework", "snntorch"): "spikeplug-snntorch",
+    ("architecture", "timm"): "spikeplug-vision",
+    ("architecture", "vision"): "spikeplug-vision",
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
 

@@ -52,6 +52,9 @@ class Coder(nn.Module):
     Args:
         name: where in the network it stands; messages and reports use it.
         channels: dimensions of the observed activation that make up a channel; none: all values are alike.
+
+    Attributes:
+        passing: whether it gives back what comes in, as the dense network would.
     """
 
     static: bool = True
@@ -64,6 +67,7 @@ class Coder(nn.Module):
         self.name, self.channels = name, channels
         self.execution: Execution = "fused"
         self.observer: Observer | None = None
+        self.passing = False
         self.counters: list[SpikeCount] = []
 
     def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
@@ -224,6 +228,8 @@ class Site(Coder):
         with self.named():
             if self.observer is not None:
                 self.observer.update(x)
+                return x
+            if self.passing:
                 return x
             p = self.params(x)
             if self.execution == "stepped":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from spikeplug.errors import indexed
+from spikeplug.errors import OptionError, indexed
 
 if TYPE_CHECKING:
     from spikeplug.stats import ActivationStats
@@ -61,6 +61,10 @@ class Encoder(ABC):
     """Whether spikes may be -1."""
     collapsible: ClassVar[bool] = True
     """Whether `fused(x)` equals `decode(encode(x))` exactly."""
+    flows: ClassVar[bool] = False
+    """Whether whole trains flow through a network: every site has the weights d(t), which do not depend on parameters,
+    and the recipe's neuron turns the currents of one site into the spikes of the next. Such a code runs stepped only.
+    """
     steps: int
     """T, the number of time steps of a window."""
 
@@ -158,6 +162,25 @@ class Neuron(ABC):
     def bind(self, p: CodeParams) -> Neuron:
         """The neuron as it is at a site with these parameters: itself, unless some of them are its own."""
         return self
+
+    def activated(self, op: str, top: float = float("inf"), steps: int = 0) -> Neuron:
+        """The neuron whose accumulated input passes an activation before it fires, for codes that flow.
+
+        Args:
+            op: `identity`, `relu`, or `clip` (to 0 .. `top`).
+            top: in amplitudes of its spikes.
+            steps: T.
+
+        Raises:
+            OptionError: there is no form with this activation.
+        """
+        if op == "identity":
+            return self
+        raise OptionError(f"neuron '{self.name}' has no form with the activation '{op}'")
+
+    def residual(self, state: State) -> Tensor:
+        """Potential left after the last step, in amplitudes: what the window's spikes do not tell, `[*S]`."""
+        raise NotImplementedError(f"neuron '{self.name}' does not say what it has left")
 
     @abstractmethod
     def init(self, x: Tensor) -> State:
@@ -261,6 +284,13 @@ class Framework(Protocol):
 
     def wrap(self, neuron: Neuron) -> torch.nn.Module:
         """The neuron as a layer of that framework."""
+
+    def network(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A converted model whose trains flow as a network of that framework, a `spikeplug.clock.ClockedNetwork`.
+
+        Raises:
+            ConversionError: its trains do not flow.
+        """
 
 
 @dataclasses.dataclass(frozen=True)

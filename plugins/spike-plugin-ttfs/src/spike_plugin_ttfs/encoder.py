@@ -93,13 +93,13 @@ class TTFS(Encoder):
                 for each, by in zip(ranges, range(-4, 5), strict=True):
                     each[end] = (each[end] * (1 + width * by)).clamp(low, high)
                 found = self._best(ranges, stats)
-        return self.params_of(*found[1], stats)
+        return self.params_of(found[1][0], found[1][1], stats)
 
     def _best(self, ranges: list[Tensor], stats: ActivationStats) -> tuple[float, Tensor]:
         """The range `[2]` with the least squared error on the sample, and that error."""
         found = []
         for each in ranges:
-            p = self.params_of(*each, stats)
+            p = self.params_of(each[0], each[1], stats)
             found.append((float((self.fused(stats.values, p) - stats.values).double().square().mean()), each))
         return min(found, key=lambda pair: pair[0])
 

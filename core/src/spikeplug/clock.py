@@ -1,0 +1,271 @@
+"""A converted network on one clock, step by step, and as a network of another framework.
+
+Inside `SpikingGraph` every window is aligned: T steps in, T steps out, silent steps drained inside. On a clock, the
+window of a layer begins when the silent steps of all layers before it are over, and a train that goes past layers
+waits in a delay line.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikeplug.errors import ConversionError
+from spikeplug.flow import FlowLayer, FlowMaxPool, FlowSite, PooledInput, Readout, Rescale
+from spikeplug.graph import fed
+from spikeplug.network import SpikingGraph
+from spikeplug.types import Neuron, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Clocked(Neuron):
+    """A neuron on the network's clock: it is still until step `start`, then takes `steps` steps of input and no more.
+
+    A bias gives current at all times; what comes outside of the window is not for this neuron. `window` is aligned,
+    as it is of the neuron itself.
+    """
+
+    neuron: Neuron
+    start: int
+    steps: int
+
+    name: ClassVar[str] = "clocked"
+
+    @property
+    def latency(self) -> int:  # type: ignore[override]
+        return self.start + self.neuron.latency
+
+    def init(self, x: Tensor) -> State:
+        return (0, self.neuron.init(x))
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        t, inner = state
+        if t < self.start:
+            return self._silence(x), (t + 1, inner)
+        spikes, inner = self.neuron.step(x if t < self.start + self.steps else torch.zeros_like(x), inner)
+        return spikes, (t + 1, inner)
+
+    def _silence(self, x: Tensor) -> Tensor:
+        # Of the shape that comes out, which pooling changes.
+        return torch.zeros_like(self.neuron.pool(x) if isinstance(self.neuron, PooledInput) else x)
+
+    def window(self, xs: Tensor) -> Tensor:
+        if isinstance(self.neuron, PooledInput):
+            return torch.stack(list(self.neuron.stream(xs)))
+        return self.neuron.window(xs)
+
+    def residual(self, state: State) -> Tensor:
+        return self.neuron.residual(state[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Delay(Neuron):
+    """A delay line of so many steps. Aligned windows need none, so `window` gives back what comes in."""
+
+    steps: int
+
+    name: ClassVar[str] = "delay"
+
+    def init(self, x: Tensor) -> State:
+        return (torch.zeros_like(x),) * self.steps
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return state[0], (*state[1:], x)
+
+    def window(self, xs: Tensor) -> Tensor:
+        return xs
+
+
+class Stepped(nn.Module):
+    """A neuron as a plain PyTorch module that keeps its state: one step `[B, ...]` in, one step out."""
+
+    def __init__(self, neuron: Neuron) -> None:
+        super().__init__()
+        self.neuron, self.state = neuron, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.neuron.init(x) if self.state is None else self.state
+        spikes, self.state = self.neuron.step(x, state)
+        return spikes
+
+    def reset(self) -> None:
+        """Forget the state."""
+        self.state = None
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant."""
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor.to(x.dtype)
+
+
+class ClockedNetwork(nn.Module):
+    """A network of another framework's layers: called, it takes the spikes of one step and gives the result's currents.
+
+    Attributes:
+        steps: T. delay: steps of the clock from the first spike in to the last current out, T and the silent steps.
+    """
+
+    def __init__(self, layers: fx.GraphModule, image: FlowSite, readout: Readout, delay: int) -> None:
+        super().__init__()
+        # Its layers are children of the network itself: some frameworks look for neurons no deeper.
+        for name, child in layers.named_children():
+            self.add_module(name, child)
+        self._layers, self._image, self._readout = (layers,), (image,), (readout,)
+        self.steps, self.delay = image.flow.steps, delay
+
+    @property
+    def layers(self) -> fx.GraphModule:
+        """What happens in a step: `layers.graph` and `layers.code`."""
+        return self._layers[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Spikes `[T, B, ...]` of a batch."""
+        site = self._image[0]
+        return site.encoder.encode(x, site.params())
+
+    def ticks(self, x: Tensor) -> Iterator[Tensor]:
+        """What comes in at every step of the clock: T steps of spikes, then silence until the result is complete."""
+        spikes = self.encode(x)
+        yield from spikes
+        yield from itertools.repeat(torch.zeros_like(spikes[0]), self.delay - self.steps)
+
+    def decode(self, currents: Tensor) -> Tensor:
+        """Result `[B, ...]` of the currents of all steps of the clock, or of a window `[T, B, ...]`."""
+        result: Tensor = self._readout[0](currents[-self.steps :].flatten(0, 1))
+        return result
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """One step `[B, ...]` of the clock."""
+        currents: Tensor = self.layers(spikes)
+        return currents
+
+    def run(self, x: Tensor) -> Tensor:
+        """The result for a batch, step by step. Neurons must be reset before."""
+        return self.decode(torch.stack([self(tick) for tick in self.ticks(x)]))
+
+
+def network(
+    model: nn.Module,
+    wrap: Callable[[Neuron], nn.Module] = Stepped,
+    build: type[ClockedNetwork] = ClockedNetwork,
+) -> ClockedNetwork:
+    """A converted network whose trains flow, rebuilt of another framework's layers. Weights are copied.
+
+    Args:
+        wrap: a neuron as a layer of that framework.
+        build: the class of what is returned.
+
+    Raises:
+        ConversionError: trains do not flow in this model.
+        CalibrationError: it is not calibrated.
+    """
+    if not isinstance(model, SpikingGraph) or model.flow is None:
+        raise ConversionError(
+            "only networks whose trains flow (recipes css, css-q) can be handed out as networks of neurons: other "
+            "codes wait for whole windows"
+        )
+    source, steps = model.program, model.flow.steps
+    graph, root = fx.Graph(), nn.Module()
+    made: dict[fx.Node, fx.Node] = {}
+    starts: dict[fx.Node, int] = {}
+    image = readout = None
+    for node in source.graph.nodes:
+        trains = [each for each in node.all_input_nodes if each in starts]
+        start = max((starts[each] for each in trains), default=0)
+        module = source.get_submodule(node.target) if node.op == "call_module" else None
+        if node.op == "placeholder":
+            made[node] = graph.placeholder("spikes")
+            continue
+        if isinstance(module, FlowSite) and module.kind == "image":
+            image, made[node], starts[node] = module, made[source_input(node)], 0
+            continue
+        if isinstance(module, Readout):
+            readout, made[node], starts[node] = module, made[trains[0]], start
+            continue
+        if node.op == "output":
+            graph.output(made[node.args[0]])
+            continue
+        inputs = {
+            each: _delayed(graph, root, wrap, made[each], start - starts[each]) if each in starts else made[each]
+            for each in node.all_input_nodes
+        }
+        name = node.name
+        if module is None:
+            made[node] = graph.node_copy(node, inputs.__getitem__)
+        else:
+            root.add_module(name, _rebuilt(module, start, steps, wrap))
+            made[node] = graph.call_module(name, tuple(inputs[each] for each in node.args))
+        if trains:
+            starts[node] = start + (module.latency if isinstance(module, FlowSite) else 0)
+    assert image is not None
+    assert readout is not None
+    return build(fx.GraphModule(root, graph, "Layers"), image, readout, model.delay)
+
+
+def source_input(node: fx.Node) -> fx.Node:
+    """The placeholder that a node's input was made of.
+
+    Raises:
+        ConversionError: it was preprocessed; another framework gets spikes, so do that before it.
+    """
+    before = fed(node)
+    if before.op != "placeholder":
+        raise ConversionError("the network changes its input before it is coded: do that before the network instead")
+    return before
+
+
+def _delayed(graph: fx.Graph, root: nn.Module, wrap: Callable[[Neuron], nn.Module], node: fx.Node, by: int) -> fx.Node:
+    if not by:
+        return node
+    name = f"{node.name}_delay{by}"
+    if not hasattr(root, name):
+        root.add_module(name, wrap(Delay(by)))
+    return graph.call_module(name, (node,))
+
+
+def _rebuilt(
+    module: nn.Module,
+    start: int,
+    steps: int,
+    wrap: Callable[[Neuron], nn.Module],
+) -> nn.Module:
+    if isinstance(module, (FlowSite, FlowMaxPool)):
+        return wrap(Clocked(module.neuron, start, steps))
+    if isinstance(module, Rescale):
+        return Scale(module.factor)
+    if isinstance(module, FlowLayer):
+        return _plain(module)
+    return copy.deepcopy(module)
+
+
+def _plain(module: FlowLayer) -> nn.Module:
+    """The dense layer with the absorbed weights."""
+    with torch.no_grad():
+        weight, bias = module.absorbed()
+    dense = next(base for base in type(module).__mro__ if base.__module__.startswith(("torch.nn", "spikeplug.graph")))
+    twin = copy.copy(module)
+    twin.__dict__ = {
+        key: value
+        for key, value in module.__dict__.items()
+        if key not in ("flow", "sites", "source", "feeds", "pooled", "_kept")
+    }
+    twin._parameters = {
+        "weight": nn.Parameter(weight.detach().clone()),
+        "bias": None if bias is None else nn.Parameter(bias.detach().clone()),
+    }
+    twin.__class__ = dense
+    return twin

@@ -1,0 +1,12 @@
+"""Image networks and image data. This module is the plugin; it imports nothing heavy."""
+
+from __future__ import annotations
+
+from spikeplug import hookimpl
+
+spikeplug_api = 1
+
+
+@hookimpl
+def spikeplug_architectures() -> dict[str, str]:
+    return {"timm": "spikeplug_vision.models:TimmModels", "vision": "spikeplug_vision.images:Vision"}
