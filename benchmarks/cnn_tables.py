@@ -7,8 +7,8 @@
     python benchmarks/cnn_tables.py peer --data DATA [--count 256]
     python benchmarks/cnn_tables.py layers --data DATA
 
-DATA holds CIFAR-10 as cifar10/*.npz, ImageNet images as imagenet/*.zip, and models/. All rows of a table are measured in
-one process on the same images.
+DATA holds CIFAR-10 as cifar10/*.npz, ImageNet images as imagenet/*.zip, and models/. All rows of a table are measured
+in one process on the same images.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cifar(data: Path, file: str, count: int | None) -> tuple[Tensor, Tensor]:
 
 def cifar_network(data: Path, name: str) -> nn.Module:
     net = CifarResNet(int(name.removeprefix("cifar_resnet")))
-    state = safetensors.torch.load_file(data / "models" / f"{name}.safetensors")
+    state = safetensors.torch.load_file(data / "models" / f"cifar10_{name.removeprefix('cifar_')}.safetensors")
     net.load_state_dict({key.removeprefix("module."): tensor for key, tensor in state.items()})
     return net.eval()
 
