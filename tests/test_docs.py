@@ -19,6 +19,9 @@ DOCUMENTS = [
     "plugins/spike-plugin-bse/README.md",
     "plugins/spike-plugin-phase/README.md",
     "plugins/spike-plugin-ttfs/README.md",
+    "plugins/spike-plugin-css/README.md",
+    "integrations/spikeplug-spikingjelly/README.md",
+    "integrations/spikeplug-snntorch/README.md",
 ]
 BIN = Path(sys.executable).parent
 
@@ -93,6 +96,29 @@ def test_commands_of_other_readmes_run(dense_folder, text, document, commands):
     for line in lines:
         # A tiny model in the place of SmolLM2.
         _run(["bash", "-c", line.replace("smollm2", str(dense_folder))], text.parent)
+
+
+@pytest.mark.parametrize(
+    ("document", "network"),
+    [("plugins/spike-plugin-css/README.md", "cifar_resnet20"), ("integrations/spikeplug-vision/README.md", "resnet18")],
+)
+def test_commands_for_images_run(tmp_path, document, network):
+    import torch
+    from PIL import Image
+
+    from spikeplug_vision.models import open_model
+
+    for name in ("0", "1"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (255 * int(name),) * 3).save(tmp_path / "images" / name / "a.png")
+    torch.save(open_model(network).state_dict(), tmp_path / "weights.pth")
+    stands = {"TRAIN": "images", "TEST": "images", "IMAGENET": "images", "FOLDER": "images"}
+    stands |= {"resnet20.safetensors": "weights.pth", "resnet18.pth": "weights.pth"}
+    lines = _commands(document)
+    assert len(lines) >= 2
+    for line in lines:
+        # Images and weights of our own in the place of those that the line names.
+        _run(["bash", "-c", " ".join(stands.get(word, word) for word in line.split())], tmp_path)
 
 
 def test_make_targets_in_the_documents_exist():
