@@ -253,6 +253,13 @@ def test_copies_and_dtypes(images):
     assert copy.deepcopy(spiking).bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_large_batches_run_in_parts():
+    images = torch.randn(40, 3, 8, 8, dtype=torch.float64)
+    spiking = spikeplug.convert(everything().double(), "flowing", calibration=[images])
+    assert torch.equal(spiking(images)[:8], spiking(images[:8]))
+
+
 def test_gradient_reaches_every_weight(images):
     spiking = spikeplug.convert(everything(), "rate", calibration=[images])
     spiking(images).square().sum().backward()
