@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import safetensors.torch
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
