@@ -70,7 +70,7 @@ class SpikingGraph(nn.Module):
         if self.flow is None or len(x) <= MICRO_BATCH:
             result: Tensor = self.program(x)
             return result
-        return torch.cat([self.program(part) for part in x.split(MICRO_BATCH)])
+        return torch.cat([self.program(part) for part in torch.split(x, MICRO_BATCH)])
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
