@@ -76,6 +76,11 @@ def test_convert_and_eval_by_command_line(cli, folder, weights, tmp_path):
     assert found["torch"]["protocol"]["images"] == "images, 20 images"
     code, text, _ = cli("eval", out, "--images", folder, "--count", 5)
     assert "of predictions agree; in torch, 17 steps to the result" in text
+    code, rows, _ = cli("diagnose", out, "--images", folder, "--json")
+    assert [row["kind"] for row in rows] == ["image", *["relu"] * 7]
+    assert all(row["residual"] < 1 for row in rows[1:])
+    code, text, _ = cli("diagnose", out, "--images", folder, "--count", 3)
+    assert "layer3.0.relu_1" in text
     code, text, _ = cli("eval", "cifar_resnet8", "--weights", weights, "--images", folder)
     assert text.count("top-1") == 1
 
@@ -104,6 +109,7 @@ def test_window_codes_too(cli, folder, weights, tmp_path):
             ["eval", "cifar_resnet8", "--images", "{folder}", "--framework", "snntorch"],
             "a dense network has no neurons",
         ),
+        (["diagnose", "cifar_resnet8", "--images", "{folder}"], "has no spiking site"),
         (["eval", "cifar_resnet8", "--images", "{folder}", "--ppl", "x"], "--ppl is for language models"),
         (
             ["eval", "cifar_resnet14", "--weights", "{weights}", "--images", "{folder}"],

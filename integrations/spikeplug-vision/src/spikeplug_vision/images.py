@@ -20,6 +20,7 @@ from spikeplug.bundle import read_manifest
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion import architecture_of, refuse_target
 from spikeplug.costs import charge
+from spikeplug.diagnosis import Diagnosis
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.modules import ModuleTree
 from spikeplug.network import ORIGIN, SpikingGraph
@@ -170,6 +171,12 @@ class Vision(ModuleTree):
         origin = {"model": source, "preprocess": preprocess}
         model.spikeplug_origin, model.spikeplug_preprocess = origin, preprocess  # type: ignore[assignment]
         return model
+
+    def diagnose(self, source: str, path: Path, count: int) -> list[Diagnosis]:
+        """Every site of a converted network beside its dense twin. Raises SpikeplugError."""
+        model = self.open(source)
+        images = Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
+        return spikeplug.diagnose(model, images.batches())
 
     def evaluate(
         self,
