@@ -254,7 +254,8 @@ def test_copies_and_dtypes(images):
 
 
 @torch.no_grad()
-def test_large_batches_run_in_parts():
+def test_large_batches_run_in_parts(monkeypatch):
+    monkeypatch.setattr("spikeplug.network.MICRO_BATCH", 64 * 192 * 8)
     images = torch.randn(40, 3, 8, 8, dtype=torch.float64)
     spiking = spikeplug.convert(everything().double(), "flowing", calibration=[images])
     assert torch.equal(spiking(images)[:8], spiking(images[:8]))
