@@ -68,7 +68,8 @@ class SpikingGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The dense network's result for a batch, from spikes."""
-        if self.flow is not None and not self.flow.dense and len(x) > 1:
+        # Who watches sees the batch whole.
+        if self.flow is not None and not self.flow.dense and self.flow.watch is None and len(x) > 1:
             size = max(1, MICRO_BATCH // (self.flow.steps * max(1, x[0].numel())))
             return torch.cat([self.program(part) for part in torch.split(x, size)])
         result: Tensor = self.program(x)

@@ -176,7 +176,7 @@ class Vision(ModuleTree):
         """Every site of a converted network beside its dense twin. Raises SpikeplugError."""
         model = self.open(source)
         images = Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
-        found: list[Diagnosis] = spikeplug.diagnose(model, images.batches())
+        found: list[Diagnosis] = spikeplug.diagnose(model, images.batches(4))
         return found
 
     def evaluate(
