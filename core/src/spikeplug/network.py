@@ -130,11 +130,11 @@ def prepare(model: nn.Module, config: ConversionConfig) -> SpikingGraph:
         if neuron is None:
             raise OptionError(f"code '{encoder.name}' flows: a neuron that answers currents is needed")
         _refuse(traced, config, ("weighted", "affine", "activation", "maxpool", "linear", "add", "cat"))
-        for node in traced.graph.nodes:
-            if config.excludes(traced.paths[node], *labels[traced.paths[node]]):
-                raise OptionError(
-                    f"'{traced.paths[node]}' cannot be excluded: trains of '{encoder.name}' flow through every layer"
-                )
+        if config.exclude or config.include != ("*",):
+            key = "exclude" if config.exclude else "include"
+            raise OptionError(
+                f"{key}={list(getattr(config, key))}: trains of '{encoder.name}' flow through every layer, none is left out"
+            )
         flow, delay = route(traced, config)
         model = SpikingGraph(traced, flow, delay)
     else:
