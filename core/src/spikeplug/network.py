@@ -132,9 +132,8 @@ def prepare(model: nn.Module, config: ConversionConfig) -> SpikingGraph:
         _refuse(traced, config, ("weighted", "affine", "activation", "maxpool", "linear", "add", "cat"))
         if config.exclude or config.include != ("*",):
             key = "exclude" if config.exclude else "include"
-            raise OptionError(
-                f"{key}={list(getattr(config, key))}: trains of '{encoder.name}' flow through every layer, none is left out"
-            )
+            given = list(getattr(config, key))
+            raise OptionError(f"{key}={given}: trains of '{encoder.name}' flow through every layer, none is left out")
         flow, delay = route(traced, config)
         model = SpikingGraph(traced, flow, delay)
     else:
