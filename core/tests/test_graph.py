@@ -406,3 +406,82 @@ def test_kinds_of_operations():
     assert kinds["relu"] == kinds["relu_1"] == "activation"
     assert kinds["pool"] == "maxpool"
     assert kinds["size"] == "size"
+
+
+class Mixing(nn.Module):
+    def __init__(self, mix):
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 3, 1), mix
+
+    def forward(self, x):
+        return self.conv(self.mix(F.relu(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("mix", "name"), [(lambda x: x.mean(0, keepdim=True), "mean"), (lambda x: x[1:], "getitem")], ids=str
+)
+def test_operations_that_mix_samples_do_not_let_trains_pass(mix, name, images):
+    with pytest.raises(ConversionError, match=rf"'{name}' gives \[.* for 8 samples: trains flow only"):
+        spikeplug.convert(Mixing(mix).eval(), "flowing", calibration=[images])
+
+
+def test_arguments_by_name_are_refused_or_understood(images):
+    spikeplug.convert(Mixing(lambda x: F.relu(input=x)).eval(), "flowing", calibration=[images])
+
+    class Named(Mixing):
+        def forward(self, x):
+            return self.conv(input=x)
+
+    with pytest.raises(ConversionError, match="Conv2d of other than one tensor"):
+        spikeplug.convert(Named(None).eval(), "flowing", calibration=[images])
+
+
+@torch.no_grad()
+def test_norm_ahead_of_a_layer_is_folded_where_that_is_the_same():
+    torch.manual_seed(0)
+
+    def trained(norm):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+        return norm
+
+    cases = {
+        "grouped": (nn.Sequential(trained(nn.BatchNorm2d(8)), nn.Conv2d(8, 12, 3, groups=4)), (4, 8, 6, 6), 1),
+        "padded": (nn.Sequential(trained(nn.BatchNorm2d(8)), nn.Conv2d(8, 12, 3, padding=1)), (4, 8, 6, 6), 0),
+        "linear": (nn.Sequential(trained(nn.BatchNorm1d(8)), nn.Linear(8, 3, bias=False)), (4, 8), 1),
+        # As many columns as channels: the linear layer reads columns.
+        "columns": (nn.Sequential(trained(nn.BatchNorm2d(6)), nn.Linear(6, 3)), (4, 6, 6, 6), 0),
+    }
+    for name, (net, shape, folded) in cases.items():
+        x = torch.randn(shape)
+        expected = net.eval()(x)
+        traced = Traced(net)
+        assert len(traced.folded) == folded, name
+        torch.testing.assert_close(torch.fx.GraphModule(traced.root, traced.graph)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_flowing_code_can_code_windows_of_its_own(images):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    dense = net(images)
+    spiking = spikeplug.convert(net, "flowing", calibration=[images], structure="modules")
+    stepped = spiking(images)
+    torch.testing.assert_close(stepped, spikeplug.set_execution(spiking, "fused")(images), rtol=1e-4, atol=1e-4)
+    assert 0 < (stepped - dense).norm() < 0.05 * dense.norm()
+
+
+def test_conversion_works_in_inference_mode(images):
+    with torch.inference_mode():
+        spiking = spikeplug.convert(everything(), "flowing", calibration=[images])
+        assert torch.equal(spiking(images), spiking(images))
+
+
+@torch.no_grad()
+def test_new_weights_are_seen(images):
+    spiking = spikeplug.convert(everything(), "flowing", calibration=[images])
+    before = spiking(images)
+    layer = spiking.get_submodule("head")
+    layer.weight = nn.Parameter(layer.weight * 2)
+    assert not torch.equal(spiking(images), before)

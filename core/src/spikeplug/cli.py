@@ -322,31 +322,6 @@ def _eval_images(
         typer.echo(f"           {found['assumptions']}")
 
 
-@app.command("diagnose")
-def diagnose_command(
-    model: Annotated[str, typer.Argument(help="A folder of an image network that `spikeplug convert` wrote.")],
-    images: Annotated[Path, typer.Option(help="A folder of images, a CIFAR root, an ImageNet root.")],
-    count: Annotated[int, typer.Option(help="Images to run.")] = 64,
-    as_json: Json = False,
-) -> None:
-    """Say where an image network loses what: site by site, beside its dense twin."""
-    import dataclasses
-
-    if count < 1:
-        raise OptionError(f"--count {count}: at least 1 is needed")
-    found = vision().diagnose(model, images, count)
-    if as_json:
-        print_json([dataclasses.asdict(each) for each in found])
-        return
-    head = ["site", "kind", "spikes a neuron", "negative", "error", "left, mean", "left, 99.9 %"]
-    left = [["-" if each is None else f"{each:.3f}" for each in (row.residual, row.residual_999)] for row in found]
-    rows = [
-        [row.site, row.kind, f"{row.spikes:.2f}", f"{row.negative:.1%}", f"{row.error:.4f}", *over]
-        for row, over in zip(found, left, strict=True)
-    ]
-    print_table(head, rows)
-
-
 @app.command("train")
 def train_command(
     model: Annotated[str, typer.Argument(help="A folder that `spikeplug convert` wrote.")],

@@ -56,8 +56,6 @@ class Clocked(Neuron):
         return torch.zeros_like(self.neuron.pool(x) if isinstance(self.neuron, PooledInput) else x)
 
     def window(self, xs: Tensor) -> Tensor:
-        if isinstance(self.neuron, PooledInput):
-            return torch.stack(list(self.neuron.stream(xs)))
         return self.neuron.window(xs)
 
     def residual(self, state: State) -> Tensor:
@@ -80,6 +78,15 @@ class Delay(Neuron):
 
     def window(self, xs: Tensor) -> Tensor:
         return xs
+
+
+def tensors_of(state: State) -> Iterator[Tensor]:
+    """Every tensor of a neuron's state."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, tuple):
+        for each in state:
+            yield from tensors_of(each)
 
 
 class Stepped(nn.Module):

@@ -165,7 +165,7 @@ def _charged(op: Op, fired: Mapping[str, SpikeCount]) -> OpEnergy:
     macs = float(op.macs or 0)
     if op.role != "spiking":
         return OpEnergy(op.name, op.role, macs, macs, 0.0)
-    counts = [fired[name] for name in op.site.split(", ") if name in fired]
+    counts = [fired[name] for name in op.sites if name in fired]
     if not counts:  # no batch reached it
         return OpEnergy(op.name, op.role, macs, macs, 0.0)
     rate = sum(count.spikes for count in counts) / sum(count.neurons for count in counts)

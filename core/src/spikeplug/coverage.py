@@ -30,7 +30,7 @@ class Op:
         macs: multiply-accumulates of the dense operation for one `unit`; None where it is not known.
         code: the code of its input, empty when it has none.
         note: what a reader should know.
-        site: name of the site whose spikes it receives, empty when it receives none.
+        sites: names of the sites whose spikes it receives.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Op:
     macs: int | None = 0
     code: str = ""
     note: str = ""
-    site: str = ""
+    sites: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ConversionReport:
 
 def spiking_op(name: str, kind: str, macs: int | None, site: Any) -> Op:
     """The operation of a weighted layer that receives the spikes of a site."""
-    return Op(name, kind, "spiking", macs, str(site.encoder), dynamic_note(site.encoder), site.name)
+    return Op(name, kind, "spiking", macs, str(site.encoder), dynamic_note(site.encoder), (site.name,))
 
 
 def dynamic_note(encoder: Encoder) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph import Affine, Kind, Traced, clipped, fed
-from spikeplug.site import Coder
+from spikeplug.site import Coder, version
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams, Encoder, Neuron, State
 
@@ -181,7 +181,7 @@ class FlowLayer(nn.Module):
         # In tuples, which hide the sites from nn.Module's registration.
         self.flow, self.sites, self.pooled = flow, sites, pooled
         self.source, self.feeds = (source,), (to,)
-        self._kept: tuple[Any, Tensor, Tensor | None] | None = None
+        self._kept: tuple[list[tuple[Tensor, int]], Tensor, Tensor | None] | None = None
 
     def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's map with the given parameters."""
@@ -191,9 +191,10 @@ class FlowLayer(nn.Module):
         """Weights, and the bias of one step."""
         sites = [site for site in (*self.source, *self.feeds) if site is not None]
         tensors = [self.weight, self.bias, *(site.amplitude for site in sites)]
-        key = [(id(each), each._version, each.dtype, each.device) for each in tensors if each is not None]
         training = torch.is_grad_enabled() and self.weight.requires_grad
-        if self._kept is not None and self._kept[0] == key and not training:
+        # The tensors themselves are kept: another one could come to lie where one of them was.
+        key = [(each, version(each)) for each in tensors if each is not None]
+        if self._kept is not None and not training and _same(self._kept[0], key):
             return self._kept[1:]
         dtype = self.weight.dtype
         up = 1.0 if self.source[0] is None else self.source[0].amplitude.to(dtype)
@@ -214,6 +215,10 @@ class FlowLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+
+def _same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
+    return all(x is y and now == then for (x, now), (y, then) in zip(one, other, strict=True))
 
 
 class FlowLinear(FlowLayer, nn.Linear):  # type: ignore[misc]
@@ -301,6 +306,15 @@ class PooledInput(Neuron):
         p = self.pool(h)
         return (p if last is None else p - self.ratio * last), (h, p)
 
+    def window(self, xs: Tensor) -> Tensor:
+        """All steps are pooled at once; only what accumulates goes step by step."""
+        h = [xs[0]]
+        for x in xs[1:]:
+            h.append(self.ratio * h[-1] + x)
+        p = self.pool(torch.cat(h))
+        p = p.reshape(len(xs), -1, *p.shape[1:])
+        return torch.cat([p[:1], p[1:] - self.ratio * p[:-1]])
+
 
 class FlowMaxPool(nn.Module):
     """Max pooling on trains, of accumulated input; see PooledInput."""
@@ -315,7 +329,7 @@ class FlowMaxPool(nn.Module):
         if self.flow.dense:
             pooled: Tensor = self.pool(x)
             return pooled
-        return torch.cat(list(self.neuron.stream(self.flow.split(x))))
+        return self.neuron.window(self.flow.split(x)).flatten(0, 1)
 
 
 class Called(nn.Module):

@@ -50,7 +50,8 @@ class FoldBatchNorm:
             layer, norm = modules[str(before.target)], modules[str(node.target)]
             once = calls.count(node.target) == calls.count(before.target) == 1
             if once and isinstance(norm, NORMS) and _fits(layer, norm):
-                _fold(layer, norm, str(node.target))
+                require_frozen(norm, str(node.target))
+                _fold(layer, norm)
                 model.set_submodule(str(node.target), nn.Identity())
                 folded.append(str(node.target))
         return folded
@@ -62,6 +63,12 @@ def _fits(layer: nn.Module, norm: Any) -> bool:
     return isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and outputs == norm.num_features
 
 
+def require_frozen(norm: Any, name: str) -> None:
+    """Raise ConversionError where a BN uses statistics of the batch."""
+    if norm.training or norm.running_mean is None:
+        raise ConversionError(f"BN '{name}' uses statistics of the batch: call model.eval() before converting")
+
+
 def norm_line(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift `[C]` of a frozen BN: `y = scale * x + shift`."""
     with torch.no_grad():
@@ -69,41 +76,42 @@ def norm_line(norm: Any) -> tuple[Tensor, Tensor]:
         return scale, (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
 
 
-def fold_pair(first: nn.Module, second: nn.Module) -> bool:
-    """Merge two layers, one of them a frozen BN, into the other one in place; return whether that is possible.
-
-    A BN ahead of a convolution with padding cannot be merged: its shift is not what is padded.
-    """
-    if isinstance(second, NORMS):
-        if not _fits(first, second):
-            return False
-        _fold(first, second, "")
-        return True
-    if isinstance(second, nn.Linear) and second.in_features == first.num_features:
-        scale, shift = norm_line(first)
-        moved = shift @ second.weight.detach().T
-        weight = second.weight.detach() * scale
-    elif isinstance(second, CONVOLUTIONS) and second.in_channels == first.num_features and not any(second.padding):
-        scale, shift = norm_line(first)
-        groups = second.weight.shape[0] // second.groups
-        by_output = [scale.reshape(second.groups, -1)[index // groups] for index in range(second.weight.shape[0])]
-        shifts = [shift.reshape(second.groups, -1)[index // groups] for index in range(second.weight.shape[0])]
-        extra = [1] * (second.weight.ndim - 2)
-        moved = (
-            (second.weight.detach() * torch.stack(shifts).reshape(*second.weight.shape[:2], *extra)).flatten(1).sum(1)
-        )
-        weight = second.weight.detach() * torch.stack(by_output).reshape(*second.weight.shape[:2], *extra)
-    else:
+def fold_behind(layer: nn.Module, norm: Any) -> bool:
+    """Merge a frozen BN into the layer before it, in place; return whether it fits."""
+    if not _fits(layer, norm):
         return False
-    second.weight = nn.Parameter(weight, requires_grad=second.weight.requires_grad)
-    bias = moved if second.bias is None else second.bias.detach() + moved
-    second.bias = nn.Parameter(bias, requires_grad=second.weight.requires_grad)
+    _fold(layer, norm)
     return True
 
 
-def _fold(layer: Any, norm: Any, name: str) -> None:
-    if norm.training or norm.running_mean is None:
-        raise ConversionError(f"BN '{name}' uses statistics of the batch: call model.eval() before converting")
+def fold_ahead(norm: Any, layer: Any) -> bool:
+    """Merge a frozen BN into the layer behind it, in place; return whether it fits.
+
+    A linear layer's input must be `[B, F]`. Ahead of a convolution with padding it cannot: its shift is not what is
+    padded.
+    """
+    if isinstance(layer, nn.Linear):
+        fits = isinstance(norm, nn.BatchNorm1d) and layer.in_features == norm.num_features
+        groups = 1
+    else:
+        fits = isinstance(layer, CONVOLUTIONS) and layer.in_channels == norm.num_features and not any(layer.padding)
+        groups = getattr(layer, "groups", 1)
+    if not fits:
+        return False
+    with torch.no_grad():
+        # Of every output and every input that it reads: [O, I / groups, 1, ...]
+        by_output = [
+            each.reshape(groups, -1).repeat_interleave(len(layer.weight) // groups, 0) for each in norm_line(norm)
+        ]
+        scale, shift = (each.reshape(*layer.weight.shape[:2], *[1] * (layer.weight.ndim - 2)) for each in by_output)
+        moved = (layer.weight * shift).flatten(1).sum(1)
+        bias = moved if layer.bias is None else layer.bias + moved
+        layer.weight = nn.Parameter(layer.weight * scale, layer.weight.requires_grad)
+        layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
+    return True
+
+
+def _fold(layer: Any, norm: Any) -> None:
     scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spikeplug.errors import ConversionError
-from spikeplug.fold import NORMS, fold_pair, norm_line
+from spikeplug.fold import NORMS, fold_ahead, fold_behind, norm_line, require_frozen
 from spikeplug.nonlinear import OPS
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -110,7 +110,8 @@ class Kind:
             `preprocessing`: arithmetic of the input and constants, before anything else;
             `nonlinear`: an operation that approximators know;
             `size`: no tensor, or a constant;
-            `other`.
+            `other`;
+            and of what a conversion puts in: `site`, neurons of trains that flow; `value`, what a window decodes to.
         type: the dense operation, as a report calls it.
     """
 
@@ -170,15 +171,12 @@ class Traced:
             norm = self._called(node)
             if not isinstance(norm, NORMS):
                 continue
-            if norm.training or norm.running_mean is None:
-                raise ConversionError(
-                    f"BN '{node.target}' uses statistics of the batch: call model.eval() before converting"
-                )
+            require_frozen(norm, str(node.target))
             before, users = node.args[0], list(node.users)
             layer = self._called(before) if isinstance(before, fx.Node) and len(before.users) == 1 else None
             behind = self._called(users[0]) if len(users) == 1 else None
-            merged = layer is not None and self._once(before) and fold_pair(layer, norm)
-            if merged or (behind is not None and self._once(users[0]) and fold_pair(norm, behind)):
+            merged = layer is not None and self._once(before) and fold_behind(layer, norm)
+            if merged or (behind is not None and self._once(users[0]) and fold_ahead(norm, behind)):
                 self.folded[str(node.target)] = "BatchNorm"
                 node.replace_all_uses_with(before)
                 self.graph.erase_node(node)
@@ -225,7 +223,10 @@ class Traced:
         if node.op == "get_attr":
             return Kind("size", "constant")
         module = self._called(node)
-        return _of_module(module) if module is not None else self._of_call(node)
+        if module is None:
+            return self._of_call(node)
+        plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+        return _of_module(module) if plain else Kind("other", f"{type(module).__name__} of other than one tensor")
 
     def _of_call(self, node: fx.Node) -> Kind:
         called, name = node.target, _type(None, node)
@@ -237,7 +238,7 @@ class Traced:
             return Kind("add", "add")
         if called in CAT:
             return Kind("cat", "cat")
-        return _of_function(node) if tensors[0] is node.args[0] and len(tensors) == 1 else Kind("other", name)
+        return _of_function(node) if tensors == [*node.args[:1]] else Kind("other", name)
 
     def _mark_preprocessing(self) -> None:
         """Arithmetic of the input with constants comes before the code, as it does for any network."""

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import safetensors.torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from spikeplug import network
 from spikeplug.architecture import Architecture
@@ -87,13 +86,8 @@ class ModuleTree(Architecture):
             super().feed(model, batch)
             return
         # The dense network's MACs, of its modules and of what its forward methods compute by functions.
-        with FlopCounterMode(display=False) as counter:
+        with network.counted_macs(model.spikeplug_macs, type(model).__name__, _batch_size(batch)):  # type: ignore[arg-type]
             super().feed(model, batch)
-        size = _batch_size(batch)
-        root = type(model).__name__
-        for name, flops in counter.get_flop_counts().items():
-            path = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
-            model.spikeplug_macs[path] = sum(flops.values()) // 2 // size  # type: ignore[operator, index]
 
     def units(self, batch: Any) -> int:
         return _batch_size(batch)

@@ -168,7 +168,7 @@ def _refuse(traced: Traced, config: ConversionConfig, allowed: Iterable[str]) ->
     fine = {*allowed, "input", "output", "size", "preprocessing"}
     for node in traced.graph.nodes:
         kind, path = traced.kinds[node], traced.paths[node]
-        if kind.kind not in fine and path not in config.exclude:
+        if kind.kind not in fine and not config.excludes(path, *_labels(kind)):
             raise ConversionError(
                 f"operation '{path}' ({kind.type}) of {traced.model} has no spiking form under '{config.encoder}'"
                 + ("" if config.build()[0].flows else f": exclude=['{path}'] leaves it dense")
@@ -209,6 +209,39 @@ def _longest(traced: Traced, found: Mapping[fx.Node, Site]) -> int:
     return max(until.values(), default=0)
 
 
+class _Unmixed(fx.Interpreter):
+    """Runs a dense batch and refuses operations that would mix samples: of a train they would mix the steps."""
+
+    def __init__(self, model: SpikingGraph, size: int) -> None:
+        super().__init__(model.program)
+        self.size = size
+        self.named = {node.name: path for node, (path, *_) in zip(model.program.graph.nodes, model.ops, strict=True)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and n.op != "get_attr" and result.shape[:1] != (self.size,):
+            raise ConversionError(
+                f"'{self.named[n.name]}' gives {list(result.shape)} for {self.size} samples: trains flow only "
+                "through operations that keep samples apart"
+            )
+        return result
+
+
+@contextlib.contextmanager
+def counted_macs(found: dict[str, int], root: str, size: int) -> Iterator[None]:
+    """Put the MACs of a sample of every module that runs inside into `found`, by path, and of all under ``.
+
+    Args:
+        root: class of the module that is called.
+        size: samples in the batch.
+    """
+    with FlopCounterMode(display=False) as counter:
+        yield
+    for name, flops in counter.get_flop_counts().items():
+        path = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
+        found[path] = sum(flops.values()) // 2 // max(1, size)
+
+
 class GraphArchitecture(Architecture):
     """Converted networks that were traced."""
 
@@ -227,18 +260,16 @@ class GraphArchitecture(Architecture):
             if not observed or model.macs:
                 self._run(model, batch)
                 return
-            with FlopCounterMode(display=False) as counter:
+            with counted_macs(model.macs, type(model.program).__name__, len(batch)):
                 self._run(model, batch)
-        root = type(model.program).__name__
-        for name, flops in counter.get_flop_counts().items():
-            path = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
-            model.macs[path] = sum(flops.values()) // 2 // max(1, len(batch))
+            if model.flow is not None:
+                _Unmixed(model, len(batch)).run(batch)
 
     def _run(self, model: SpikingGraph, batch: Tensor) -> None:
         try:
             model(batch)
         except RuntimeError as error:
-            if model.macs or not isinstance(batch, Tensor):
+            if model.macs:
                 raise
             raise OptionError(
                 f"{model.dense_name} does not take a batch of shape {list(batch.shape)}: {str(error).splitlines()[0]}"
@@ -297,7 +328,6 @@ def restore(model: nn.Module, folder: Path, name: str) -> None:
 
 def _report(model: SpikingGraph) -> Iterator[Op]:
     macs = model.macs
-    behind_pool = {path for path, module in model.named_modules() if isinstance(module, FlowLayer) and module.pooled}
     for path, kind, target in model.ops:
         count = macs.get(target, 0) if macs else None
         module = model.get_submodule(target) if target else None
@@ -306,12 +336,11 @@ def _report(model: SpikingGraph) -> Iterator[Op]:
         if isinstance(module, SpikingLayer):
             yield spiking_op(path, kind.type, count, module.source)
         elif isinstance(module, FlowLayer):
-            code, names = str(module.sites[0].encoder), ", ".join(site.name for site in module.sites)
-            pooled = target in behind_pool
-            note = "reads averages of spikes" if pooled else ""
-            yield Op(path, kind.type, "decoded" if pooled else "spiking", count, code, note, names)
+            code, names = str(module.sites[0].encoder), tuple(site.name for site in module.sites)
+            role, note = ("decoded", "reads averages of spikes") if module.pooled else ("spiking", "")
+            yield Op(path, kind.type, role, count, code, note, names)
         elif isinstance(module, FlowSite):
-            yield Op(path, kind.type, "neuron", 0, str(module.encoder), site=module.name)
+            yield Op(path, kind.type, "neuron", 0, str(module.encoder), sites=(module.name,))
         elif target in model.approximated:
             yield Op(path, model.approximated[target], "approximated", 0, kind.type)
         elif kind.kind in ("preprocessing", "nonlinear", "other", "weighted"):
@@ -319,7 +348,6 @@ def _report(model: SpikingGraph) -> Iterator[Op]:
         elif model.flow is None:
             yield Op(path, kind.type, "neuron", 0, note=ON_POTENTIAL)
         else:
-            role = "neuron" if kind.kind == "maxpool" else "coded"
-            yield Op(path, kind.type, role, 0)
+            yield Op(path, kind.type, "neuron" if kind.kind == "maxpool" else "coded", 0)
     for path, what in model.folded.items():
         yield Op(path, what, "folded")

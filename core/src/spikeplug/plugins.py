@@ -77,6 +77,7 @@ FIRST_PARTY = {
     ("framework", "snntorch"): "spikeplug-snntorch",
     ("architecture", "timm"): "spikeplug-vision",
     ("architecture", "vision"): "spikeplug-vision",
+    ("command", "diagnose"): "spikeplug-vision",
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
 

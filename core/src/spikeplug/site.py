@@ -161,7 +161,9 @@ class Site(Coder):
         consumers: int = 1,
     ) -> None:
         super().__init__(name, channels)
-        self.kind, self.encoder, self.neuron, self.consumers = kind, encoder, neuron, consumers
+        self.kind, self.encoder, self.consumers = kind, encoder, consumers
+        # The neuron of a code that flows answers currents, not activations; here the code makes its own spikes.
+        self.neuron = None if encoder.flows else neuron
         self._memo: _Kept | None = None
         self._read: _Kept | None = None
 
@@ -221,7 +223,7 @@ class Site(Coder):
             self._memo = self._memo.after_one_more()
             return value
         value = self._value(x, new)
-        self._memo = _Kept(x, _version(x), value, self.consumers).after_one_more()
+        self._memo = _Kept(x, version(x), value, self.consumers).after_one_more()
         return value
 
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
@@ -253,7 +255,7 @@ class Site(Coder):
     def _first_reader(self, x: Tensor) -> bool:
         """Whether this is the first of the layers that read the spikes of this activation, for which they count."""
         again = self._read is not None and self._read.holds(x)
-        kept = self._read if again and self._read is not None else _Kept(x, _version(x), x, self.consumers)
+        kept = self._read if again and self._read is not None else _Kept(x, version(x), x, self.consumers)
         self._read = kept.after_one_more()
         return not again
 
@@ -278,14 +280,14 @@ class _Kept(NamedTuple):
 
     def holds(self, x: Tensor) -> bool:
         """Whether it is of this tensor, unchanged since."""
-        return self.x is x and self.version == _version(x)
+        return self.x is x and self.version == version(x)
 
     def after_one_more(self) -> _Kept | None:
         """What is left to keep once another layer has read it."""
         return self._replace(left=self.left - 1) if self.left > 1 else None
 
 
-def _version(x: Tensor) -> int:
+def version(x: Tensor) -> int:
     """Number of changes in place; tensors of inference mode do not count them."""
     return 0 if x.is_inference() else x._version
 

@@ -10,7 +10,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from spikeplug.clock import ClockedNetwork, network
+from spikeplug.clock import ClockedNetwork, network, tensors_of
 from spikeplug.types import Neuron
 
 
@@ -35,7 +35,7 @@ class SnnNeuron(snntorch.Leaky):
     @property
     def mem(self) -> Any:
         """The potential that snnTorch's reset and detach look for; what is set drops the whole state."""
-        first = next(_tensors(self._state), None)
+        first = next(tensors_of(self._state), None)
         return torch.zeros(0) if first is None else first
 
     @mem.setter
@@ -99,11 +99,3 @@ class SnnTorch:
         built = network(model, self.wrap, SnnNetwork)
         assert isinstance(built, SnnNetwork)
         return built
-
-
-def _tensors(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, tuple):
-        for each in state:
-            yield from _tensors(each)

@@ -13,7 +13,7 @@ from spikingjelly.activation_based.op_counter import BaseCounter
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.clock import ClockedNetwork, network
+from spikeplug.clock import ClockedNetwork, network, tensors_of
 from spikeplug.types import Neuron
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ class SJNeuron(neuron.BaseNode):
         try:
             return self.neuron.residual(state)
         except NotImplementedError:
-            return next(_tensors(state), torch.zeros_like(spikes))
+            return next(tensors_of(state), torch.zeros_like(spikes))
 
     def detach(self) -> None:
         """Cut the states from the graph that made them."""
@@ -170,14 +170,6 @@ def _signed(rule: Callable[..., int], place: int) -> Callable[..., int]:
     return count
 
 
-def _tensors(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, tuple):
-        for each in state:
-            yield from _tensors(each)
-
-
 def _mapped(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(state, Tensor):
         return fn(state)
@@ -188,5 +180,5 @@ def _mapped(state: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _shape(state: Any) -> Any:
-    first = next(_tensors(state), None)
+    first = next(tensors_of(state), None)
     return None if first is None else (first.shape, first.dtype, first.device)

@@ -10,3 +10,8 @@ spikeplug_api = 1
 @hookimpl
 def spikeplug_architectures() -> dict[str, str]:
     return {"timm": "spikeplug_vision.models:TimmModels", "vision": "spikeplug_vision.images:Vision"}
+
+
+@hookimpl
+def spikeplug_commands() -> dict[str, str]:
+    return {"diagnose": "spikeplug_vision.cli:diagnose_command"}

@@ -30,7 +30,7 @@ from .models import open_model
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 BATCH = 16
-"""Images at a time: trains of T steps of so many stay near a CPU's cache."""
+"""Images that are read and measured at a time."""
 
 
 class Images:
@@ -60,9 +60,7 @@ class Images:
         from torchvision.transforms.functional import InterpolationMode
 
         how = InterpolationMode(preprocess.get("interpolation", "bilinear"))
-        parts: list[Any] = [v2.ToImage()]
-        if preprocess["size"] != preprocess["crop"] or preprocess["size"] != 32:
-            parts += [v2.Resize(preprocess["size"], interpolation=how), v2.CenterCrop(preprocess["crop"])]
+        parts = [v2.ToImage(), v2.Resize(preprocess["size"], interpolation=how), v2.CenterCrop(preprocess["crop"])]
         parts += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]
         self._prepare = v2.Compose(parts)
         self._items, self.labels, self.name = _found(path, train)
@@ -164,9 +162,9 @@ class Vision(ModuleTree):
         dense = self.open(source, weights)
         if isinstance(dense, SpikingGraph):
             raise ConversionError(f"{source} is a converted network already: convert a dense one")
+        refuse_target(recipe, architecture_of(dense))
         preprocess = dense.spikeplug_preprocess
         batches = list(Images(images, preprocess, train=True, count=count).batches())  # type: ignore[arg-type]
-        refuse_target(recipe, architecture_of(dense))
         model = spikeplug.convert(dense, config, calibration=batches, observed=observed, watch=watch)
         origin = {"model": source, "preprocess": preprocess}
         model.spikeplug_origin, model.spikeplug_preprocess = origin, preprocess  # type: ignore[assignment]
@@ -204,20 +202,19 @@ class Vision(ModuleTree):
         dense: list[Tensor] = []
         spiking: list[Tensor] = []
         seconds = [0.0, 0.0]
-        count_spikes = isinstance(model, SpikingGraph) and framework == "torch"
-        with torch.inference_mode(), spikeplug.count_spikes(model) if count_spikes else _nothing() as counts:
+        counted = isinstance(model, SpikingGraph) and framework == "torch"
+        with torch.inference_mode(), spikeplug.count_spikes(model) if counted else contextlib.nullcontext() as counts:
             for index, x in enumerate(images.batches(batch)):
                 watch("images", index * batch, len(images))
                 x, start = x.to(device), time.perf_counter()
-                with model.observing() if isinstance(model, SpikingGraph) else _nothing():
+                with model.observing() if isinstance(model, SpikingGraph) else contextlib.nullcontext():
                     dense.append(model(x).cpu())
                 middle = time.perf_counter()
                 if run is not None:
                     spiking.append(run(x).cpu())
                 seconds = [seconds[0] + middle - start, seconds[1] + time.perf_counter() - middle]
-        torch_version = torch.__version__
         result: dict[str, Any] = {
-            "protocol": {"images": images.name, "batch": batch, "device": device, "torch": torch_version},
+            "protocol": {"images": images.name, "batch": batch, "device": device, "torch": torch.__version__},
             "dense": _accuracy(torch.cat(dense), images.labels) | {"ms_per_image": 1e3 * seconds[0] / len(images)},
         }
         if run is None:
@@ -267,7 +264,3 @@ def _accuracy(logits: Tensor, labels: Sequence[int] | None) -> dict[str, Any]:
         raise OptionError(f"images of {int(wanted.max()) + 1} classes, the network has {logits.shape[1]} outputs")
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == wanted.unsqueeze(1)
     return {"top1": float(best[:, 0].double().mean()), "top5": float(best.any(1).double().mean())}
-
-
-def _nothing() -> Any:
-    return contextlib.nullcontext()

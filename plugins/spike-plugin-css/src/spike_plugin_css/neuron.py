@@ -200,7 +200,9 @@ class TSAReLU(TSA):
     def scan(self, xs: Tensor) -> Tensor:
         if self.compiled:
             tops = [self._ceiling(t, len(xs)) for t in range(len(xs) + self.silent)]
-            return _kernel()(xs, torch.tensor(tops, dtype=xs.dtype), self.beta, self.silent, self.negative)
+            return _kernel()(
+                xs, torch.tensor(tops, dtype=xs.dtype, device=xs.device), self.beta, self.silent, self.negative
+            )
         out, spare = torch.empty_like(xs), torch.empty_like(xs[0])
         h, g, o = torch.zeros_like(xs[0]), torch.zeros_like(xs[0]), torch.empty_like(xs[0])
         for t in range(len(xs) + self.silent):
