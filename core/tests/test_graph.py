@@ -430,7 +430,7 @@ def test_arguments_by_name_are_refused_or_understood(images):
 
     class Named(Mixing):
         def forward(self, x):
-            return self.conv(input=x)
+            return self.conv(input=F.relu(self.conv(x)))
 
     with pytest.raises(ConversionError, match="Conv2d of other than one tensor"):
         spikeplug.convert(Named(None).eval(), "flowing", calibration=[images])
