@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DISTS := core plugins/spike-plugin-bse plugins/spike-plugin-phase plugins/spike-plugin-ttfs plugins/spike-plugin-css \
-  integrations/spikeplug-transformers integrations/spikeplug-vision integrations/spikeplug-spikingjelly integrations/spikeplug-snntorch
+  integrations/spikeplug-transformers integrations/spikeplug-vision integrations/spikeplug-spikingjelly integrations/spikeplug-snntorch \
+  benchmarks
 SOURCES := $(foreach dist,$(DISTS),$(wildcard $(dist)/src/*))
 STAMP := $(VENV)/installed
 

@@ -90,9 +90,16 @@ def _one_line() -> Iterator[None]:
         sys.exit(1)
 
 
+_ADDED: set[registry.Part] = set()
+"""Commands of plugins that `main` has added in this process."""
+
+
 def _add(command: registry.Part) -> None:
     """Add a plugin's command. One that cannot be imported must not take the others with it."""
-    if command.name in {registered.name for registered in app.registered_commands}:
+    if command in _ADDED:
+        return
+    taken = {each.name for each in app.registered_commands} | {each.name for each in app.registered_groups}
+    if command.name in taken:
         sys.stderr.write(f"warning: command '{command.name}' of plugin '{command.plugin}' is left out: it is taken\n")
         return
     try:
@@ -101,6 +108,7 @@ def _add(command: registry.Part) -> None:
     except PluginError as error:
         sys.stderr.write(f"warning: {error}\n")
         return
+    _ADDED.add(command)
     if isinstance(brought, typer.Typer):
         app.add_typer(brought, name=command.name)
     else:

@@ -146,7 +146,8 @@ class FlowSite(Coder):
                 spikes = _in_storage_order(self.neuron.window, currents)
         if self.counters:
             # One pass; the sum of magnitudes would take two.
-            self.count(torch.count_nonzero(spikes), spikes[0].numel(), 1)
+            dims = tuple(range(spikes.ndim - self.spatial)) if self.spatial else None
+            self.count(torch.count_nonzero(spikes, dim=dims), spikes[0].numel(), spikes.numel())
         if self.flow.watch is not None:
             self.flow.watch(self, currents, spikes)
         return spikes.flatten(0, 1)
@@ -180,6 +181,8 @@ class FlowLayer(nn.Module):
         """Say where currents come from and go to."""
         # In tuples, which hide the sites from nn.Module's registration.
         self.flow, self.sites, self.pooled = flow, sites, pooled
+        for site in sites:
+            site.spatial = max(site.spatial, len(getattr(self, "kernel_size", ())))
         self.source, self.feeds = (source,), (to,)
         self._kept: tuple[list[tuple[Tensor, int]], Tensor, Tensor | None] | None = None
 

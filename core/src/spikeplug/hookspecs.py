@@ -72,3 +72,8 @@ def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
 @hookspec
 def spikeplug_commands() -> dict[str, str]:  # type: ignore[empty-body]
     """Commands of the CLI: a function, which becomes `spikeplug NAME`, or a `typer.Typer`, which becomes a group."""
+
+
+@hookspec
+def spikeplug_engines() -> dict[str, str]:  # type: ignore[empty-body]
+    """Where cells of the benchmark runner are run: subclasses of `spikeplug_bench.engines.Engine`."""

@@ -126,4 +126,5 @@ def make_spiking(layer: nn.Module, site: Site, owner: bool = True) -> None:
         raise ConversionError(f"{type(layer).__name__} cannot receive spikes: {', '.join(t.__name__ for t in SPIKING)}")
     layer.__class__ = spiking
     assert isinstance(layer, SpikingLayer)
+    site.spatial = max(site.spatial, len(getattr(layer, "kernel_size", ())))
     layer.attach(site, owner)

@@ -39,6 +39,7 @@ KINDS = {
     "recipe": "spikeplug_recipes",
     "architecture": "spikeplug_architectures",
     "command": "spikeplug_commands",
+    "engine": "spikeplug_engines",
 }
 """Kind of part, as the CLI and the messages call it, and the hook that brings it."""
 
@@ -78,6 +79,8 @@ FIRST_PARTY = {
     ("architecture", "timm"): "spikeplug-vision",
     ("architecture", "vision"): "spikeplug-vision",
     ("command", "diagnose"): "spikeplug-vision",
+    ("command", "bench"): "spikeplug-bench",
+    **{("engine", name): "spikeplug-bench" for name in ("local", "processes", "ray", "slurm")},
 }
 """What a distribution of this project would bring; an unknown-name error turns it into a pip line."""
 

@@ -23,10 +23,13 @@ class SpikeCount:
 
     Attributes:
         neurons: activations coded, each by one neuron for one window.
+        places: of a site that a convolution reads, the spikes of every place `[H, W]`; None where there are none, or
+            activations of several sizes.
     """
 
     def __init__(self) -> None:
         self.neurons = 0
+        self.places: Tensor | None = None
         self._spikes: Tensor | None = None
 
     @property
@@ -34,14 +37,25 @@ class SpikeCount:
         """Spikes fired; one of -1 counts as one."""
         return 0 if self._spikes is None else int(self._spikes)
 
-    def add(self, fired: Tensor, neurons: int, largest: int) -> None:
+    def add(self, fired: Tensor, neurons: int, largest: int, spatial: int = 0) -> None:
         """Add the spikes of an activation: at most `largest` in each element, fired by so many neurons.
 
         A window that comes step by step gives its number of neurons once, and 0 with its other steps.
+
+        Args:
+            spatial: last dimensions by whose places they are counted.
         """
         # Sums in int32 where they fit take a third of the time of int64 ones on a CPU. The sum stays on its device,
         # so that counting does not wait for it at every site.
-        total = fired.sum(dtype=torch.int32 if fired.numel() * largest < 2**31 else torch.int64).to(torch.int64)
+        narrow = torch.int32 if fired.numel() * largest < 2**31 else torch.int64
+        if spatial:
+            fired = fired.sum(dim=tuple(range(fired.ndim - spatial)), dtype=narrow) if fired.ndim > spatial else fired
+            fired = fired.to(torch.int64)
+            if self._spikes is None:
+                self.places = fired.clone()
+            elif self.places is not None:
+                self.places = self.places.to(fired.device) + fired if self.places.shape == fired.shape else None
+        total = fired.sum(dtype=narrow).to(torch.int64)
         self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
         self.neurons += neurons
 
@@ -61,6 +75,8 @@ class Coder(nn.Module):
     """Whether it has parameters, which `calibrate` fits and `save` stores."""
     observes: bool = True
     """Whether the parameters are fitted to what it sees; if not, `fit` is called with None before the first batch."""
+    spatial: int = 0
+    """Last dimensions that a convolution slides over, whose places do not all have as many synapses."""
 
     def __init__(self, name: str, channels: tuple[int, ...] = (-1,)) -> None:
         super().__init__()
@@ -118,7 +134,7 @@ class Coder(nn.Module):
     def count(self, fired: Tensor, neurons: int, largest: int) -> None:
         """Add to every active counter, as `SpikeCount.add`."""
         for counter in self.counters:
-            counter.add(fired, neurons, largest)
+            counter.add(fired, neurons, largest, self.spatial)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coder:
         """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""

@@ -170,11 +170,14 @@ class Vision(ModuleTree):
         model.spikeplug_origin, model.spikeplug_preprocess = origin, preprocess  # type: ignore[assignment]
         return model
 
+    def images(self, path: Path, model: nn.Module, count: int | None = None) -> Images:
+        """Images prepared for a network that `open` or `convert` gave. Raises OptionError."""
+        return Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
+
     def diagnose(self, source: str, path: Path, count: int) -> list[Diagnosis]:
         """Every site of a converted network beside its dense twin. Raises SpikeplugError."""
         model = self.open(source)
-        images = Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
-        found: list[Diagnosis] = spikeplug.diagnose(model, images.batches(4))
+        found: list[Diagnosis] = spikeplug.diagnose(model, self.images(path, model, count).batches(4))
         return found
 
     def evaluate(
@@ -196,7 +199,7 @@ class Vision(ModuleTree):
         Raises:
             SpikeplugError: images cannot be read, or the framework cannot run the network.
         """
-        images = Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
+        images = self.images(path, model, count)
         model = model.to(device)
         run = _runner(model, framework)
         dense: list[Tensor] = []

@@ -1,0 +1,198 @@
+"""One function runs a cell, JSON in and JSON out, in this process or in any other."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from spikeplug.architecture import Watch, unwatched
+from spikeplug.errors import SpikeplugError
+
+from .identity import cell_id, code_digest, inputs, point_of, versions
+from .spec import Cell
+from .store import DONE
+
+HALVINGS = 3
+"""How often a batch that does not fit into memory is halved."""
+
+
+def spec_of(cell: Cell, data: Path, cache: Path) -> dict[str, Any]:
+    """What `run_cell` takes. Raises OptionError where a file that the cell reads is missing."""
+    return {
+        "id": cell_id(cell, data),
+        "cell": cell.model_dump(mode="json"),
+        "data": str(data),
+        "cache": str(cache),
+    }
+
+
+def run_cell(text: str, watch: Watch = unwatched) -> str:
+    """Run a cell; what goes wrong in it becomes its status and error, and does not leave.
+
+    Args:
+        text: JSON of `spec_of`.
+
+    Returns:
+        JSON of a `store.Row`.
+    """
+    # Bars of other libraries would run through ours, and through the rows of a log.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    spec = json.loads(text)
+    cell = Cell.model_validate(spec["cell"])
+    if cell.ranks > 1 and "RANK" not in os.environ:
+        return _under_torchrun(cell, text)
+    return json.dumps(_run(spec, cell, watch), allow_nan=True)
+
+
+def _run(spec: dict[str, Any], cell: Cell, watch: Watch) -> dict[str, Any]:
+    started, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    row = empty_row(spec) | {"started": started.isoformat(timespec="seconds")}
+    try:
+        found, batch_size = _measured(spec, cell, watch)
+        row |= {
+            "status": DONE,
+            "metrics": _plain(found.metrics),
+            "timing": _plain(found.timing),
+            "protocol": _plain(found.protocol),
+            "detail": _plain(found.detail),
+            "config": found.config,
+        }
+        if batch_size is not None:
+            row["protocol"]["batch_size"] = f"{batch_size}, halved: larger ones did not fit into memory"
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # whatever it is, the sweep goes on and the row says it
+        row |= {"status": "oom" if _out_of_memory(error) else "error", "error": _said(error)}
+    row["hardware"] = _hardware(cell.device)
+    row["seconds"] = time.perf_counter() - start
+    return row
+
+
+def empty_row(spec: dict[str, Any]) -> dict[str, Any]:
+    """A row of a cell of which nothing is known yet."""
+    cell, data = Cell.model_validate(spec["cell"]), Path(spec["data"])
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {
+        "id": spec["id"],
+        "point": point_of(cell),
+        "name": cell.name,
+        "status": "error",
+        "cell": spec["cell"],
+        "metrics": {},
+        "timing": {},
+        "protocol": {},
+        "detail": {},
+        "config": {},
+        "versions": versions(cell) | {"python": platform.python_version()},
+        "inputs": inputs(cell, data),
+        "code": code_digest(),
+        "hardware": {},
+        "seed": cell.seed,
+        "started": now,
+        "seconds": 0.0,
+        "error": "",
+    }
+
+
+def _measured(spec: dict[str, Any], cell: Cell, watch: Watch) -> tuple[Any, int | None]:
+    """What the task finds, and the batch size where it had to be halved."""
+    from .tasks import Context, measure
+
+    halved: int | None = None
+    for attempt in range(HALVINGS + 1):
+        try:
+            return measure(Context(cell, spec["id"], Path(spec["data"]), Path(spec["cache"]), watch)), halved
+        except Exception as error:
+            size = getattr(cell.task, "batch_size", 1)
+            if not _out_of_memory(error) or size < 2 or attempt == HALVINGS:
+                raise
+            halved = size // 2
+        _free()
+        cell = cell.model_copy(update={"task": cell.task.model_copy(update={"batch_size": halved})})
+    raise AssertionError("unreachable")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _free() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, SpikeplugError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """The same through JSON, so that a row is equal whatever process it comes from."""
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=float))
+    return plain
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {"machine": platform.machine(), "cpu": _cpu(), "threads": torch.get_num_threads()}
+    where = torch.device(device)
+    if where.type == "cuda":
+        found["accelerator"] = torch.cuda.get_device_name(where)
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _under_torchrun(cell: Cell, text: str) -> str:
+    """A cell whose model several processes hold together: `torchrun` runs them, the first one's row counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "cell.json", Path(folder) / "row.json"
+        given.write_text(text)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
+        command += ["-m", "spikeplug_bench.cell", str(given), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and out.is_file():
+            return out.read_text()
+        last = [line for line in done.stderr.splitlines() if "Error" in line][:1] or done.stderr.splitlines()[-1:]
+        row = empty_row(json.loads(text)) | {"status": "died", "error": f"torchrun {cell.ranks}: {''.join(last)}"}
+        return json.dumps(row)
+
+
+def _main() -> None:
+    given, out = map(Path, sys.argv[1:])
+    row = run_cell(given.read_text())
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(row)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,235 @@
+"""`spikeplug bench`: run suites, look at what there is, write reports."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spikeplug.cli import Json, print_json, print_table, settings
+from spikeplug.errors import OptionError
+
+if TYPE_CHECKING:
+    from .engines import Engine
+    from .store import Row
+    from .suite import Axis
+
+app = typer.Typer(no_args_is_help=True, help="Measure codes and networks side by side, in suites that can be rerun.")
+
+STORE = Path("spikeplug-bench.db")
+
+Suite = Annotated[str, typer.Argument(help="A shipped suite (`spikeplug bench ls`), or a YAML file.")]
+StorePath = Annotated[Path, typer.Option("--store", help="SQLite file of results.")]
+Data = Annotated[
+    Path | None, typer.Option(envvar="SPIKEPLUG_DATA", help="Folder that the paths of a suite are relative to.")
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("-s", metavar="AXIS=VALUE,...", help="Replace an axis: steps=4,8, options.beta=2, task.seqlen=256."),
+]
+
+
+@app.command("run")
+def run_command(
+    suite: Suite,
+    store: StorePath = STORE,
+    data: Data = None,
+    setting: Setting = None,
+    limit: Annotated[int | None, typer.Option(help="Items of every task: documents, images, windows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Of every task that has batches.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every cell.")] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of language models: auto, float32, bfloat16, float16.")] = None,
+    jobs: Annotated[int, typer.Option("-j", help="Cells at a time.")] = 1,
+    engine: Annotated[
+        str | None, typer.Option(help="local, processes, ray or slurm; with -j alone: processes.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="Option of the engine: gpus=0.5, partition=gpu.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a suite. The same command goes on where it was stopped; what is finished is not run again."""
+    from . import runner
+    from .store import DONE, Store
+    from .suite import read_suite
+
+    found, folder = read_suite(suite), _data(suite, data)
+    change = _change(setting, limit=limit, batch_size=batch_size, seed=seed, device=device, dtype=dtype)
+    if jobs < 1:
+        raise OptionError(f"-j {jobs}: at least 1 is needed")
+    where = _engine(engine, jobs, address, option)
+    if dry_run:
+        opened = Store(store, read_only=True) if store.exists() else None
+        plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
+        rows = [
+            [each[:12], plan.cell(each).label(), "done" if each in plan.finished else "to run"] for each in plan.specs
+        ]
+        if as_json:
+            print_json([dict(zip(("id", "cell", "status"), row, strict=True)) for row in rows])
+        else:
+            print_table(["cell", "what", "status"], rows)
+        return
+    opened = Store(store)
+    plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
+    if plan.stale and not force:
+        typer.echo(
+            f"warning: {len(plan.stale)} finished cells were measured with other code; --force redoes them", err=True
+        )
+    total = len(plan.specs) if force else len(plan.left)
+    with _bars(total) as (arrived, watch):
+        rows_found = runner.run(
+            found, opened, folder, change=change, engine=where, force=force, arrived=arrived, watch=watch
+        )
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows_found])
+    else:
+        from .tables import text_tables
+
+        for title, head, rows in text_tables(found, rows_found):
+            typer.echo(f"\n{title}")
+            print_table(head, rows)
+    bad = [row for row in rows_found if row.status != DONE]
+    for row in bad:
+        typer.echo(f"{row.status}: {_label(row)}: {row.error}", err=True)
+    typer.echo(f"{len(rows_found) - len(bad)} of {len(plan.specs)} cells in {store}", err=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    store: Annotated[Path, typer.Argument(help="SQLite file of results.")] = STORE,
+    html: Annotated[Path | None, typer.Option(help="Write one page that needs no network.")] = None,
+    md: Annotated[Path | None, typer.Option(help="Write Markdown.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every figure as a line of CSV.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write LaTeX tables.")] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="Only these suites.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a store holds: of every suite its last run."""
+    from . import report, tables
+    from .store import Store
+
+    chapters = tables.chapters(Store(store, read_only=True), suite)
+    writers = {report.write_html: html, report.write_markdown: md, report.write_csv: csv, report.write_latex: latex}
+    for write, path in writers.items():
+        if path is not None:
+            write(chapters, path)
+            typer.echo(f"wrote {path}", err=True)
+    if as_json:
+        print_json(
+            [{"suite": each.suite.name, "rows": [dataclasses.asdict(row) for row in each.rows]} for each in chapters]
+        )
+    elif not any(writers.values()):
+        for chapter in chapters:
+            typer.echo(f"\n{chapter.suite.title}")
+            for title, head, rows in tables.text_tables(chapter.suite, chapter.rows):
+                typer.echo(f"\n{title}")
+                print_table(head, rows)
+
+
+@app.command("ls")
+def ls_command(as_json: Json = False) -> None:
+    """List the suites that come with the runner."""
+    from .suite import read_suite, shipped
+
+    found = [read_suite(name) for name in shipped()]
+    if as_json:
+        print_json([{"name": each.name, "version": each.version, "title": each.title} for each in found])
+    else:
+        print_table(["suite", "version", "what"], [[each.name, str(each.version), each.title] for each in found])
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of a suite, for editors."""
+    from .suite import json_schema
+
+    print_json(json_schema())
+
+
+@app.command("show")
+def show_command(suite: Suite, data: Data = None, setting: Setting = None, as_json: Json = False) -> None:
+    """Print the cells of a suite with every choice resolved. Nothing is run, and the data need not be there."""
+    from .suite import cells, overrides, read_suite
+
+    found = cells(read_suite(suite), overrides(setting or []))
+    if as_json:
+        print_json([cell.model_dump(mode="json") for cell in found])
+    else:
+        print_table(["cell"], [[cell.label()] for cell in found])
+
+
+def _data(suite: str, data: Path | None) -> Path:
+    if data is None:
+        from .embedded import NAMES, prepare
+
+        # Suites whose data come with the runner need no folder.
+        return prepare() if suite in NAMES else Path.cwd()
+    if not data.is_dir():
+        raise OptionError(f"--data {data}: it is no folder")
+    return data.absolute()
+
+
+def _change(setting: list[str] | None, **given: Any) -> Axis:
+    from .suite import overrides
+
+    axes = {"limit": "task.limit", "batch_size": "task.batch_size"}
+    words = list(setting or [])
+    words += [f"{axes.get(key, key)}={value}" for key, value in given.items() if value is not None]
+    return overrides(words)
+
+
+def _engine(name: str | None, jobs: int, address: str | None, option: list[str] | None) -> Engine:
+    from spikeplug.errors import nearest
+    from spikeplug.plugins import get_class
+
+    if address is not None and name not in (None, "ray"):
+        raise OptionError(f"--address {address}: it is for --engine ray, not for {name}")
+    name = name or ("ray" if address else "processes" if jobs > 1 else "local")
+    cls = get_class("engine", name)
+    given = settings(option or []) | ({"address": address} if address else {})
+    known = {field.name for field in dataclasses.fields(cls)} - {"jobs"}
+    for key in given:
+        if key not in known:
+            raise OptionError(
+                f"-o {key}: engine '{name}' has no such option{nearest(key, known)} It has: {sorted(known)}"
+            )
+    engine: Engine = cls(jobs=jobs, **given)
+    return engine
+
+
+def _label(row: Row) -> str:
+    from .spec import Cell
+
+    return Cell.model_validate(row.cell).label()
+
+
+@contextlib.contextmanager
+def _bars(total: int) -> Iterator[Any]:
+    """A bar for the sweep and one for the cell, on stderr; lines where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        sweep, cell = bar.add_task("sweep", total=total), bar.add_task("", total=None)
+
+        def arrived(row: Row) -> None:
+            bar.advance(sweep)
+            line = f"{row.status:<5} {row.seconds:7.1f} s  {_label(row)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+        def watch(stage: str, done: int, of: int | None) -> None:
+            bar.update(cell, description=stage, completed=done, total=of)
+
+        yield arrived, watch

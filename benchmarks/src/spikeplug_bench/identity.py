@@ -1,0 +1,127 @@
+"""What makes a cell the same as another: its canonical form, the files it reads, the versions that matter to it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from spikeplug import plugins
+from spikeplug.errors import OptionError
+
+from .spec import DENSE, Cell, LmEval, Reconstruction
+
+
+def canonical(data: Any) -> str:
+    """JSON with one form for every value."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of the canonical form."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def point_of(cell: Cell) -> str:
+    """What a cell is, whatever the versions and whatever a suite calls its model."""
+    return digest(cell.model_dump(mode="json", exclude={"name"}))
+
+
+def cell_id(cell: Cell, data: Path) -> str:
+    """SHA-256 of the cell's canonical form, of the files it reads and of the versions that matter to it.
+
+    Raises:
+        OptionError: a file is missing.
+    """
+    return digest([point_of(cell), inputs(cell, data), versions(cell)])
+
+
+def inputs(cell: Cell, data: Path) -> dict[str, str]:
+    """Files and folders that a cell reads, and the SHA-256 of what they hold. Raises OptionError."""
+    names: list[str | None] = [getattr(cell.task, key, None) for key in ("text", "images", "local")]
+    if cell.model:
+        found = (data / cell.model.source).exists()
+        names += [cell.model.source if found else None, cell.model.weights]
+        names += [cell.model.calibration.text, cell.model.calibration.images] if cell.recipe != DENSE else []
+    return {name: fingerprint(locate(name, data)) for name in names if name is not None}
+
+
+def locate(name: str, data: Path) -> Path:
+    """A file or folder of the data folder. Raises OptionError."""
+    path = data / name
+    if not path.exists():
+        raise OptionError(f"'{name}' is not in the data folder {data}: give the folder that holds it with --data")
+    return path
+
+
+@functools.cache
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of the names, sizes and times of the files in a folder."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    return digest([[str(each.relative_to(path)), each.stat().st_size] for each in files])
+
+
+def versions(cell: Cell) -> dict[str, str]:
+    """Distributions whose version matters to a cell. Raises UnknownNameError where a part is not installed."""
+    names = {"spikeplug", "spikeplug-bench", "torch"}
+    found = plugins.registry()
+    dists = {plugin.name: plugin.dist for plugin in found.plugins}
+    parts = [("encoder", cell.task.encoder)] if isinstance(cell.task, Reconstruction) else _parts_of(cell)
+    names |= {dists[found.find(kind, name).plugin] for kind, name in parts}
+    if isinstance(cell.task, LmEval):
+        names |= {"lm_eval", "transformers", "spikeplug-transformers"}
+    elif getattr(cell.task, "text", None):
+        names |= {"transformers", "spikeplug-transformers"}
+    elif getattr(cell.task, "images", None):
+        names |= {"torchvision", "spikeplug-vision", "timm"}
+    if cell.framework != "torch":
+        names |= {cell.framework, dists[found.find("framework", cell.framework).plugin]}
+    return {name: version for name in sorted(names) if (version := _version(name))}
+
+
+def _parts_of(cell: Cell) -> list[tuple[str, str]]:
+    if cell.recipe in (None, DENSE):
+        return []
+    from spikeplug.config import ConversionConfig
+
+    config = ConversionConfig.resolve(str(cell.recipe), cell.all_options)
+    parts = [("encoder", config.encoder), ("recipe", config.recipe)]
+    parts += [("neuron", config.neuron)] if config.neuron else []
+    return [*parts, *(("pass", name) for name in config.passes),
+            *(("approximator", name) for name in set(config.approximators.values()))]  # fmt: skip
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of the source of core and plugins: tells results of changed code whose version did not change."""
+    modules = {plugin.name: plugin for plugin in plugins.registry().plugins}
+    whole = hashlib.sha256()
+    for name in sorted(modules):
+        for file in sorted(_sources(modules[name])):
+            whole.update(file.name.encode())
+            whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def _sources(plugin: Any) -> set[Path]:
+    found: set[Path] = set()
+    for package in {part.path.partition(".")[0].partition(":")[0] for part in plugin.parts}:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            found |= set(Path(folder).rglob("*.py"))
+    return found

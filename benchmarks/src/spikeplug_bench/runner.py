@@ -1,0 +1,100 @@
+"""Runs a suite: what is left to do, on an engine, into a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spikeplug.architecture import Watch, unwatched
+
+from .cell import spec_of
+from .engines import Engine, Local
+from .identity import code_digest
+from .spec import Cell
+from .store import DONE, Row, Run, Store
+from .suite import Axis, Suite, cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Cells of a suite and what the store has of them.
+
+    Attributes:
+        specs: what `run_cell` takes, by id, in order.
+        finished: ids that are done.
+        stale: finished ones that were measured with other source code of the same version.
+    """
+
+    specs: dict[str, dict[str, Any]]
+    finished: frozenset[str]
+    stale: frozenset[str]
+
+    @property
+    def left(self) -> list[str]:
+        """Ids that are to be run."""
+        return [each for each in self.specs if each not in self.finished]
+
+    def cell(self, id: str) -> Cell:
+        """The cell of an id."""
+        return Cell.model_validate(self.specs[id]["cell"])
+
+
+def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = None, *, cache: Path) -> Plan:
+    """What there is to do. Raises SpikeplugError where a cell cannot be what it says."""
+    specs = [spec_of(cell, data, cache) for cell in cells(suite, change)]
+    known = store.statuses() if store else {}
+    finished = {spec["id"] for spec in specs if known.get(spec["id"], ("",))[0] == DONE}
+    stale = {each for each in finished if known[each][1] != code_digest()}
+    return Plan({spec["id"]: spec for spec in specs}, frozenset(finished), frozenset(stale))
+
+
+def run(
+    suite: Suite,
+    store: Store,
+    data: Path,
+    *,
+    change: Axis | None = None,
+    engine: Engine | None = None,
+    force: bool = False,
+    arrived: Callable[[Row], None] = lambda row: None,
+    watch: Watch = unwatched,
+) -> list[Row]:
+    """Run the cells of a suite that the store has not finished, and return the rows of all of them, in order.
+
+    Every row is on disk before the next one is waited for, so whatever ends this process loses running cells alone, and
+    the same call goes on.
+
+    Args:
+        data: folder that the suite's paths are relative to.
+        change: axes in the place of the suite's, as of `overrides`.
+        engine: where cells run; by default in this process.
+        force: run finished cells again.
+        arrived: called with every row that comes in.
+        watch: follows the running cell.
+
+    Raises:
+        SpikeplugError: the suite cannot be run, or the store cannot be written.
+    """
+    engine = engine or Local()
+    found = plan(suite, store, data, change, cache=cache_of(store.path))
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    definition = suite.model_dump(mode="json")
+    store.record(Run(now, suite.name, suite.version, definition, change or {}, list(found.specs)))
+    wanted = list(found.specs) if force else found.left
+    try:
+        for text in engine.run([json.dumps(found.specs[each]) for each in wanted], watch):
+            row = Row(**json.loads(text))
+            store.put(row, replace=force)
+            arrived(row)
+    finally:
+        engine.close()
+    return store.rows(list(found.specs))
+
+
+def cache_of(store: Path) -> Path:
+    """Folder beside a store for what may be kept between cells: calibration statistics, answers of a model."""
+    return store.absolute().parent / f"{store.stem}-cache"

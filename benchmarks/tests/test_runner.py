@@ -1,0 +1,296 @@
+"""Running: what is left is run, what fails is a row, what ends the process costs nothing that was finished."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikeplug.cli import main
+from spikeplug.errors import OptionError
+from spikeplug_bench import cell as cell_module
+from spikeplug_bench import engines, runner, tasks
+from spikeplug_bench.cell import run_cell, spec_of
+from spikeplug_bench.spec import Cell
+from spikeplug_bench.store import DONE, Store
+from spikeplug_bench.suite import cells, overrides
+from spikeplug_bench.tables import tables
+
+CLI = [sys.executable, "-m", "spikeplug", "bench"]
+
+
+def _metrics(rows):
+    return {row.id: (row.status, row.metrics, row.protocol, row.detail) for row in rows}
+
+
+def test_a_second_run_has_nothing_to_do_and_force_does_it_again(codes, tmp_path):
+    store, arrived = Store(tmp_path / "a.db"), []
+    first = runner.run(codes, store, tmp_path, arrived=arrived.append)
+    assert len(first) == len(arrived) == 6
+    assert {row.status for row in first} == {DONE}
+    assert runner.run(codes, store, tmp_path, arrived=arrived.append) == first
+    assert len(arrived) == 6
+    again = runner.run(codes, store, tmp_path, arrived=arrived.append, force=True)
+    assert len(arrived) == 12
+    assert _metrics(again) == _metrics(first)
+
+
+def test_one_seed_gives_the_same_figures_and_another_gives_others(codes, tmp_path):
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        rows = runner.run(codes, Store(tmp_path / f"{name}.db"), tmp_path, change=overrides([f"seed={seed}"]))
+        found.append([row.metrics for row in rows])
+    assert found[0] == found[1]
+    assert all(a["mse"] != b["mse"] for a, b in zip(found[0], found[2], strict=True))
+
+
+def test_a_cell_that_fails_is_a_row_and_is_tried_again(codes, tmp_path, monkeypatch):
+    store = Store(tmp_path / "a.db")
+    whole = tasks._MEASURES["reconstruction"]
+
+    def fails(context, task):
+        if context.cell.steps == 4:
+            raise RuntimeError("this one\nbreaks")
+        return whole(context, task)
+
+    monkeypatch.setitem(tasks._MEASURES, "reconstruction", fails)
+    rows = runner.run(codes, store, tmp_path)
+    bad = [row for row in rows if row.status != DONE]
+    assert len(rows) == 6
+    assert [(row.status, row.error) for row in bad] == [("error", "RuntimeError: this one breaks")] * 2
+    assert "error: RuntimeError: this one breaks" in str([table.rows for table in tables(codes, rows)])
+    monkeypatch.undo()
+    arrived = []
+    assert {row.status for row in runner.run(codes, store, tmp_path, arrived=arrived.append)} == {DONE}
+    assert len(arrived) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_what_does_not_fit_is_halved_and_said(error, tmp_path, monkeypatch):
+    sizes = []
+
+    def measure(context):
+        sizes.append(context.cell.task.batch_size)
+        if sizes[-1] > fits:
+            raise error
+        return tasks.Measured({"x": 1.0}, {"batch_size": sizes[-1]})
+
+    monkeypatch.setattr(tasks, "measure", measure)
+    (tmp_path / "images").mkdir()
+    task = {"kind": "accuracy", "images": "images"}
+    given = {"name": "a", "model": {"source": "m:f"}, "recipe": "dense", "task": task}
+    spec = json.dumps(spec_of(Cell.model_validate(given), tmp_path, tmp_path))
+    fits = 4
+    row = json.loads(run_cell(spec))
+    assert sizes == [16, 8, 4]
+    assert row["status"] == DONE
+    assert row["protocol"]["batch_size"].startswith("4, halved")
+    fits, sizes[:] = 0, []
+    row = json.loads(run_cell(spec))
+    assert row["status"] == "oom"
+    assert sizes == [16, 8, 4, 2]
+
+
+def test_changed_code_is_said_and_not_mixed_silently(codes, tmp_path, monkeypatch):
+    store = Store(tmp_path / "a.db")
+    runner.run(codes, store, tmp_path)
+    plan = runner.plan(codes, store, tmp_path, cache=tmp_path)
+    assert not plan.stale
+    assert not plan.left
+    monkeypatch.setattr(runner, "code_digest", lambda: "other")
+    assert len(runner.plan(codes, store, tmp_path, cache=tmp_path).stale) == 6
+
+
+def test_other_versions_are_other_cells(codes, tmp_path, monkeypatch):
+    store = Store(tmp_path / "a.db")
+    runner.run(codes, store, tmp_path)
+    monkeypatch.setattr("spikeplug_bench.identity._version", lambda name: "9.9")
+    plan = runner.plan(codes, store, tmp_path, cache=tmp_path)
+    assert len(plan.left) == 6
+    runner.run(codes, store, tmp_path)
+    rows = store.rows()
+    assert len(rows) == 12
+    assert len({row.point for row in rows}) == 6
+
+
+# Engines
+
+
+def test_processes_give_what_one_process_gives(codes, tmp_path):
+    one = runner.run(codes, Store(tmp_path / "a.db"), tmp_path)
+    two = runner.run(codes, Store(tmp_path / "b.db"), tmp_path, engine=engines.Processes(jobs=2))
+    assert _metrics(one) == _metrics(two)
+
+
+DYING = """
+import json, os, signal
+from spikeplug_bench import cell
+
+def run_cell(text):
+    if json.loads(text)["cell"]["steps"] == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return cell.run_cell(text)
+"""
+
+
+def test_a_process_that_dies_takes_no_other_cell_with_it(codes, tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(DYING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(engines, "run_cell", importlib.import_module("dying").run_cell)
+    rows = runner.run(codes, Store(tmp_path / "a.db"), tmp_path, engine=engines.Processes(jobs=2))
+    assert sorted(row.status for row in rows) == ["died"] * 2 + [DONE] * 4
+    assert all(row.cell["steps"] == 8 for row in rows if row.status == "died")
+
+
+def test_an_engine_without_its_package_says_the_pip_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"pip install spikeplug-bench\[ray\]"):
+        list(engines.Ray().run(["{}"]))
+
+
+def test_slurm_jobs_give_what_one_process_gives(codes, tmp_path):
+    pytest.importorskip("submitit")
+    one = runner.run(codes, Store(tmp_path / "a.db"), tmp_path, change=overrides(["steps=2"]))
+    slurm = engines.Slurm(folder=str(tmp_path / "logs"), cluster="local", minutes=5)
+    two = runner.run(codes, Store(tmp_path / "b.db"), tmp_path, change=overrides(["steps=2"]), engine=slurm)
+    assert _metrics(one) == _metrics(two)
+
+
+# The end of the process
+
+
+def _run(folder: Path, suite: Path, store: str, *more: str) -> list[str]:
+    return [*CLI, "run", str(suite), "--store", str(folder / store), "--data", str(folder), *more]
+
+
+def _killed(folder: Path, suite: Path, store: str, times: int, seed: int) -> int:
+    """Start a run and kill it at random moments, so often; then let it end. Returns how often rows were kept."""
+    path, kept = folder / store, 0
+    pick = random.Random(seed)
+    start = time.perf_counter()
+    subprocess.run(_run(folder, suite, "warm.db"), check=True, capture_output=True)
+    whole = time.perf_counter() - start
+    for _ in range(times):
+        process = subprocess.Popen(_run(folder, suite, store), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(pick.uniform(0.2, 1.0) * whole)
+        process.kill()
+        process.wait()
+        if path.exists():
+            before = {row.id: row for row in Store(path).rows()}
+            kept += bool(before)
+            after = {row.id: row for row in Store(path).rows()}
+            assert before == after
+    subprocess.run(_run(folder, suite, store), check=True, capture_output=True)
+    return kept
+
+
+def test_a_killed_run_goes_on(codes_file, tmp_path):
+    _killed(tmp_path, codes_file, "a.db", 2, seed=0)
+    assert _metrics(Store(tmp_path / "a.db").rows()) == _metrics(Store(tmp_path / "warm.db").rows())
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(codes_file, tmp_path):
+    assert _killed(tmp_path, codes_file, "a.db", 20, seed=1) > 0
+    assert _metrics(Store(tmp_path / "a.db").rows()) == _metrics(Store(tmp_path / "warm.db").rows())
+
+
+def test_eight_drivers_share_one_store(codes_file, tmp_path):
+    command = _run(tmp_path, codes_file, "a.db")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
+    drivers = [subprocess.Popen(command, **pipes) for _ in range(8)]
+    for driver in drivers:
+        _, said = driver.communicate()
+        assert driver.returncode == 0, said
+    store = Store(tmp_path / "a.db")
+    assert len(store.rows()) == 6
+    assert len(store.runs()) == 8
+
+
+# The command line
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Runs `spikeplug bench` in this process, in a folder of its own; gives exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spikeplug", "bench", *map(str, words)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_a_dry_run_runs_nothing(bench, codes_file, tmp_path):
+    planned = json.loads(bench("run", codes_file, "--dry-run", "--json")[1])
+    assert [each["status"] for each in planned] == ["to run"] * 6
+    assert not (tmp_path / "spikeplug-bench.db").exists()
+
+
+def test_run_report_and_lists(bench, codes_file):
+    rows = json.loads(bench("run", codes_file, "-s", "steps=4", "--limit", "100", "--json")[1])
+    assert [row["cell"]["task"]["limit"] for row in rows] == [100, 100]
+    code, out, said = bench("run", codes_file)
+    assert code == 0
+    assert "mean squared error" in out
+    assert "6 of 6 cells" in said
+    assert {each["status"] for each in json.loads(bench("run", codes_file, "--dry-run", "--json")[1])} == {"done"}
+    assert "mean squared error" in bench("report")[1]
+    assert "smoke" in bench("ls")[1]
+    assert json.loads(bench("schema")[1])["title"] == "Suite"
+    assert len(json.loads(bench("show", codes_file, "--json")[1])) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "smok"], "did you mean 'smoke'"),
+        (["run", "SUITE", "--engine", "rai"], "did you mean 'ray'"),
+        (["run", "SUITE", "-o", "gpu=1"], "no such option"),
+        (["run", "SUITE", "--address", "x", "--engine", "local"], "is for --engine ray"),
+        (["run", "SUITE", "-j", "0"], "at least 1"),
+        (["run", "SUITE", "--data", "nowhere"], "no folder"),
+        (["run", "SUITE", "--store", "no/a.db"], "folder does not exist"),
+        (["run", "SUITE", "-s", "task.encoder=rte"], "unknown encoder 'rte'"),
+        (["run", "SUITE", "-s", "step=2"], "did you mean 'steps'"),
+        (["report", "none.db"], "there is no store"),
+    ],
+)
+def test_bad_input_is_one_line(bench, codes_file, words, says):
+    code, _, said = bench(*(codes_file if word == "SUITE" else word for word in words))
+    assert code == 1
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_suite_that_fails_ends_with_a_status(bench, codes_file):
+    code, _, said = bench("run", codes_file, "-s", "steps=4", "-s", "options.nonsense=1")
+    assert code == 1
+    assert "unknown option 'nonsense' of encoder 'rate'" in said
+    assert "0 of 2 cells" in said
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from spikeplug_bench import cli, suite, store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_cells_of_one_conversion_follow_one_another(codes):
+    assert [cell.steps for cell in cells(codes)] == sorted(cell.steps for cell in cells(codes))
+    assert cell_module.HALVINGS == 3
