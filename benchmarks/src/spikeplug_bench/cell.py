@@ -50,7 +50,7 @@ def run_cell(text: str, watch: Watch = unwatched) -> str:
     spec = json.loads(text)
     cell = Cell.model_validate(spec["cell"])
     if cell.ranks > 1 and "RANK" not in os.environ:
-        return _under_torchrun(cell, text)
+        return _under_torchrun(spec, cell, watch)
     return json.dumps(_run(spec, cell, watch), allow_nan=True)
 
 
@@ -172,19 +172,25 @@ def _cpu() -> str:
     )
 
 
-def _under_torchrun(cell: Cell, text: str) -> str:
-    """A cell whose model several processes hold together: `torchrun` runs them, the first one's row counts."""
+def _under_torchrun(spec: dict[str, Any], cell: Cell, watch: Watch) -> str:
+    """A cell of several ranks: `torchrun` runs them, the first one's row counts."""
+    from .tasks import Context, convert_for_ranks
+
+    try:
+        if cell.model is not None and cell.model.parallel != "data":
+            convert_for_ranks(Context(cell, spec["id"], Path(spec["data"]), Path(spec["cache"]), watch))
+    except Exception as error:
+        return json.dumps(empty_row(spec) | {"error": _said(error)})
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "cell.json", Path(folder) / "row.json"
-        given.write_text(text)
+        given.write_text(json.dumps(spec))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
         command += ["-m", "spikeplug_bench.cell", str(given), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 and out.is_file():
             return out.read_text()
         last = [line for line in done.stderr.splitlines() if "Error" in line][:1] or done.stderr.splitlines()[-1:]
-        row = empty_row(json.loads(text)) | {"status": "died", "error": f"torchrun {cell.ranks}: {''.join(last)}"}
-        return json.dumps(row)
+        return json.dumps(empty_row(spec) | {"status": "died", "error": f"torchrun {cell.ranks}: {''.join(last)}"})
 
 
 def _main() -> None:

@@ -137,13 +137,16 @@ class Model(Strict):
     Attributes:
         source: as `spikeplug convert` takes it; paths are relative to the data folder.
         weights: of an image network, its state dict.
-        device_map: hands a language model to accelerate, where it does not fit one device.
+        device_map: lays a language model over devices by accelerate, where it does not fit one: `auto`.
+        parallel: what a cell of several ranks does: `data`, each has the model and takes a share of lm-eval's items;
+            `tensor` or `pipeline`, together they hold one model.
     """
 
     source: str
     weights: str | None = None
     calibration: Calibration = Calibration()
     device_map: str | None = None
+    parallel: Literal["data", "tensor", "pipeline"] = "data"
 
 
 class Cell(Strict):
@@ -154,7 +157,7 @@ class Cell(Strict):
         steps: None: the recipe's own.
         framework: what an image network runs in.
         execution: None: the recipe's own.
-        ranks: processes of `torchrun` that hold one model together.
+        ranks: processes of `torchrun`; see `Model.parallel`.
     """
 
     name: str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import spikeplug
-from spikeplug.architecture import Opened, Watch
+from spikeplug.architecture import Opened, Placement, Watch
 from spikeplug.cli import language, vision
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
@@ -100,17 +100,44 @@ def _text_model(context: Context) -> Opened:
 def _open_text(context: Context, config: ConversionConfig | None) -> Opened:
     cell, architecture = context.cell, language()
     assert cell.model is not None
-    opened = architecture.open(_source(context), dtype=cell.dtype, device=cell.device)
+    how: dict[str, Any] = {"dtype": cell.dtype, "device": cell.device}
+    if cell.ranks > 1 and cell.model.parallel != "data":
+        tensor = cell.model.parallel == "tensor"
+        placement = Placement(tensor=cell.ranks) if tensor else Placement(pipeline=cell.ranks)
+        source = _source(context) if config is None else str(converted_folder(context))
+        return architecture.open(source, **how, placement=placement)
+    placement = Placement(device_map=cell.model.device_map)
     if config is None:
-        return opened
+        return architecture.open(_source(context), **how, placement=placement)
     given = cell.model.calibration
     if given.text is None:
         raise OptionError(f"model '{cell.name}' has no calibration text: say models.{cell.name}.calibration.text")
+    # What lies on several devices has its spiking modules before it has its weights.
+    opened = architecture.open(_source(context), **how, placement=placement, config=config if placement else None)
     text = locate(given.text, context.data)
     batches = architecture.calibration(opened, text, seqlen=given.seqlen, tokens=given.tokens, config=config)
-    observed = _observed(context, config)
-    spikeplug.convert(opened.model, config, calibration=batches, observed=observed, watch=context.watch)
+    if placement:
+        spikeplug.calibrate(opened.model, batches, watch=context.watch)
+    else:
+        observed = _observed(context, config)
+        spikeplug.convert(opened.model, config, calibration=batches, observed=observed, watch=context.watch)
     return opened
+
+
+def converted_folder(context: Context) -> Path:
+    """Where the converted model of a cell is kept, for ranks that hold it together."""
+    return context.cache / f"converted-{digest(_key(context))[:16]}"
+
+
+def convert_for_ranks(context: Context) -> None:
+    """Convert the model of such a cell in this process, unless it is kept: a rank sees a part of what sites see."""
+    config, folder = _conversion(context.cell), converted_folder(context)
+    if config is None or folder.is_dir():
+        return
+    alone = dataclasses.replace(context, cell=context.cell.model_copy(update={"ranks": 1}))
+    opened = _open_text(alone, config)
+    context.cache.mkdir(parents=True, exist_ok=True)
+    spikeplug.save(opened.model, folder, tokenizer=opened.tokenizer)
 
 
 def _observed(context: Context, config: ConversionConfig) -> Path:
@@ -151,6 +178,9 @@ def _described(context: Context, config: ConversionConfig | None) -> dict[str, A
     cell = context.cell
     assert cell.model is not None
     found: dict[str, Any] = {"device": cell.device, "dtype": cell.dtype, "seed": cell.seed}
+    if cell.ranks > 1:
+        unknown = ", spikes not counted" if _split(cell) else ""
+        found["ranks"] = f"{cell.ranks}, {cell.model.parallel} parallel{unknown}"
     if config is not None:
         given = cell.model.calibration
         what = f"{given.tokens} tokens of {given.text}" if given.text else f"{given.count} images of {given.images}"
@@ -162,6 +192,11 @@ def _described(context: Context, config: ConversionConfig | None) -> dict[str, A
 
 def _dumped(config: ConversionConfig | None) -> dict[str, Any]:
     return {} if config is None else config.model_dump(mode="json")
+
+
+def _split(cell: Cell) -> bool:
+    """Whether several ranks hold the model together, each of which sees a part of the spikes."""
+    return cell.ranks > 1 and cell.model is not None and cell.model.parallel != "data"
 
 
 def _figures(found: dict[str, Any], unit: str) -> dict[str, Any]:
@@ -188,6 +223,8 @@ def _perplexity(context: Context, task: Perplexity) -> Measured:
     found = language().perplexity(
         opened, locate(task.text, context.data), seqlen=task.seqlen, tokens=tokens, watch=context.watch
     )
+    if _split(context.cell):
+        found = {key: value for key, value in found.items() if key != "energy"}
     protocol = {**_described(context, config), **found["protocol"], "model": context.cell.name}
     protocol |= {"energy": found["energy"]["assumptions"]} if "energy" in found else {}
     metrics = {"perplexity": found["perplexity"], **_figures(found, "token")}
@@ -214,9 +251,7 @@ def _lm_eval(context: Context, task: LmEval) -> Measured:
     context.cache.mkdir(parents=True, exist_ok=True)
     context.watch(", ".join(task.tasks), 0, None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = _watched(HFLM, context.watch)(
-        pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size
-    )
+    model = _watched(HFLM, context)(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
     # The key of lm-eval's cache of answers names no model, so every cell has a file of its own.
     answers = str(context.cache / f"answers-{context.id[:32]}")
     # Its bootstrap forks this process, which torch's threads do not survive; spreads are computed below.
@@ -266,12 +301,12 @@ def _spread(share: float, items: int) -> float:
     return math.sqrt(share * (1 - share) / max(1, items - 1))
 
 
-def _watched(base: Any, watch: Watch) -> Any:
+def _watched(base: Any, context: Context) -> Any:
     """HFLM that says how far it is, and under `torchrun` takes its share of the items.
 
     Given a model and not a name, lm-eval's own would let every rank take all of them.
     """
-    shares = "RANK" in os.environ and not os.environ.get("SPIKEPLUG_SPLIT_MODEL")
+    shares = context.cell.ranks > 1 and not _split(context.cell)
     if shares and not torch.cuda.is_available():
         # Without it accelerate takes a CPU rank of torchrun for the only process.
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -282,11 +317,14 @@ def _watched(base: Any, watch: Watch) -> Any:
         def __init__(self, **given: Any) -> None:
             super().__init__(**given)
             if shares:
-                self._rank, self._world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+                from accelerate import Accelerator
+
+                self.accelerator = Accelerator()
+                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
         def _model_call(self, *given: Any, **named: Any) -> Any:
             self.calls += 1
-            watch("batches", self.calls, None)
+            context.watch("batches", self.calls, None)
             return super()._model_call(*given, **named)
 
     return Watched

@@ -82,12 +82,46 @@ class Opened:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a language model that is too large for one device is laid over several as it is opened.
+
+    Attributes:
+        device_map: what accelerate takes: `auto`, `balanced`, a device.
+        tensor, pipeline: processes of `torchrun` that share every layer, or the layers.
+    """
+
+    device_map: str | None = None
+    tensor: int = 1
+    pipeline: int = 1
+
+    def __bool__(self) -> bool:
+        return self != WHOLE
+
+
+WHOLE = Placement()
+"""On one device."""
+
+
 class LanguageArchitecture(Architecture):
     """An architecture whose models the command line can open, calibrate on text and score."""
 
     @abstractmethod
-    def open(self, source: str, *, dtype: str, device: str) -> Opened:
+    def open(
+        self,
+        source: str,
+        *,
+        dtype: str,
+        device: str,
+        placement: Placement = WHOLE,
+        config: ConversionConfig | None = None,
+    ) -> Opened:
         """The model that a command line names: a folder, a hub id, a file, or a name of the architecture's own.
+
+        Args:
+            placement: over several devices; `device` is not used then.
+            config: of a conversion that is put in place before the weights are, to be calibrated by the caller: a model
+                that lies on several devices cannot be converted afterwards.
 
         Raises:
             SpikeplugError: there is no model, or it cannot be read.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from spikeplug.architecture import LanguageArchitecture, Opened, Watch, unwatched
+from spikeplug.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
@@ -83,8 +83,16 @@ class Transformers(LanguageArchitecture):
             raise BundleError(f"cannot read {folder}: {source.first_line(error)}") from error
         return model
 
-    def open(self, source_name: str, *, dtype: str, device: str) -> Opened:
-        return source.open_model(source_name, dtype=dtype, device=device)
+    def open(
+        self,
+        source_name: str,
+        *,
+        dtype: str,
+        device: str,
+        placement: Placement = WHOLE,
+        config: ConversionConfig | None = None,
+    ) -> Opened:
+        return source.open_model(source_name, dtype=dtype, device=device, placement=placement, config=config)
 
     def calibration(
         self, opened: Opened, path: Path, *, seqlen: int, tokens: int, config: ConversionConfig | None = None

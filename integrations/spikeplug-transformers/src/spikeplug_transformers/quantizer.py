@@ -19,6 +19,7 @@ from spikeplug.bundle import MANIFEST, read_manifest, verify
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion import set_execution
 from spikeplug.errors import CalibrationError, ConversionError
+from spikeplug.layers import CodedEmbedding
 from spikeplug.site import Coder, sites
 from spikeplug.types import Recipe
 
@@ -88,6 +89,13 @@ class SpikeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.spikeplug_config = self.quantization_config.conversion  # type: ignore[assignment]
         return set_execution(model, self.quantization_config.conversion.execution)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Tensor parallel: a coded embedding is whole on every rank, as its output is coded before ranks meet."""
+        super().update_parallel_plan(model, plan)
+        for name, module in model.named_modules():
+            if isinstance(module, CodedEmbedding):
+                plan.pop(name, None)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained`: refuses a model that could not be used once it is read again."""

