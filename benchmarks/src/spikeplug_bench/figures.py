@@ -59,11 +59,17 @@ def _against_steps(key: str, label: str, log: bool = False) -> Callable[[list[Ro
             return None
         level = {"dense": _dense(rows, key)} if not log else {}
         floor = (
-            {"2^T even levels": sorted({(float(steps_of(r)), r.metrics["floor_binary"]) for r in plain})} if log else {}
+            {"2^T even levels": sorted({(float(steps_of(r)), r.metrics["floor_binary"]) for r in plain if _even(r)})}
+            if log
+            else {}
         )
         return _plot({**points, **floor}, "T, time steps", label, level, logs=(log, log), dashed=tuple(floor))
 
     return draw
+
+
+def _even(row: Row) -> bool:
+    return row.metrics["floor_binary"] is not None
 
 
 def _pareto(key: str, label: str, lower: bool) -> Callable[[list[Row]], str | None]:

@@ -68,7 +68,7 @@ def tables(suite: Suite, rows: Sequence[Row]) -> list[Table]:
     """The tables of a suite's rows: one for each task and model."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        task = {key: value for key, value in row.cell["task"].items() if key not in ("encoder", "distribution")}
+        task = {key: value for key, value in row.cell["task"].items() if key != "encoder"}
         groups.setdefault(json.dumps([row.name, task], sort_keys=True), []).append(row)
     return [_table(suite, group) for group in groups.values()]
 
@@ -90,7 +90,6 @@ def _table(suite: Suite, rows: list[Row]) -> Table:
         ("options", _options),
     ]
     first += [("framework", lambda row: row.cell["framework"])] if kind == "accuracy" else []
-    first += [("values", lambda row: row.cell["task"]["distribution"])] if kind == "reconstruction" else []
     first += [("seed", lambda row: str(row.seed))]
     columns = [*first, *_COLUMNS[kind](suite, rows), ("", _remark)]
     cells = [[text(row) for _, text in columns] for row in rows]
@@ -99,10 +98,11 @@ def _table(suite: Suite, rows: list[Row]) -> Table:
         index
         for index, (name, _) in enumerate(columns)
         if any(row[index] for row in cells)
-        and (name not in ("seed", "framework", "values") or len({r[index] for r in cells}) > 1)
+        and (name not in ("seed", "framework") or len({r[index] for r in cells}) > 1)
     ]
     common = _common([row.protocol for row in rows if row.protocol])
-    title = f"{rows[0].name}: {kind}" if rows[0].cell["model"] else kind
+    task = rows[0].cell["task"]
+    title = f"{rows[0].name}: {kind}" if rows[0].cell["model"] else f"{kind}, {task['distribution']} values"
     head = [columns[index][0] for index in kept]
     return Table(title, head, [[row[index] for index in kept] for row in cells], [row.id for row in rows], common)
 
