@@ -60,7 +60,7 @@ def locate(name: str, data: Path) -> Path:
 
 @functools.cache
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of the names, sizes and times of the files in a folder."""
+    """SHA-256 of a file, or of the names and sizes of the files in a folder."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
