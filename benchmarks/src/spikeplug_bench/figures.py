@@ -8,7 +8,7 @@ from typing import Any
 
 from .spec import DENSE
 from .store import DONE, Row
-from .tables import Chapter, steps_of, what_of
+from .tables import Chapter, grouped, steps_of, what_of
 
 Points = dict[str, list[tuple[float, float]]]
 """Name of a line to its points."""
@@ -17,16 +17,20 @@ Points = dict[str, list[tuple[float, float]]]
 def figures(chapter: Chapter) -> list[dict[str, str]]:
     """Title, model and SVG of every figure that the rows of a chapter give."""
     found = []
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in chapter.rows:
-        if row.status == DONE:
-            groups.setdefault((row.name, row.cell["task"]["kind"]), []).append(row)
-    for (name, kind), rows in groups.items():
-        for title, draw in _FIGURES.get(kind, []):
+    for rows in grouped(row for row in chapter.rows if row.status == DONE):
+        for title, draw in _FIGURES.get(rows[0].cell["task"]["kind"], []):
             svg = draw(rows)
             if svg is not None:
-                found.append({"title": f"{name}: {title}", "svg": svg})
+                found.append({"title": f"{rows[0].name}: {title}{_of(rows[0])}", "svg": svg})
     return found
+
+
+def _of(row: Row) -> str:
+    """What tells the tasks of one kind apart."""
+    task = row.cell["task"]
+    about = [str(task["distribution"])] if "distribution" in task else []
+    about += [f"{task['limit']:,} items"] if task.get("limit") else []
+    return f" ({', '.join(about)})" if about else ""
 
 
 def _lines(rows: Iterable[Row], x: Callable[[Row], Any], y: Callable[[Row], Any]) -> Points:
@@ -49,11 +53,7 @@ def _dense(rows: Sequence[Row], key: str) -> float | None:
 
 def _against_steps(key: str, label: str, log: bool = False) -> Callable[[list[Row]], str | None]:
     def draw(rows: list[Row]) -> str | None:
-        plain = [
-            row
-            for row in rows
-            if row.cell["framework"] == "torch" and row.cell["task"].get("distribution") in (None, "uniform")
-        ]
+        plain = [row for row in rows if row.cell["framework"] == "torch"]
         points = _lines(plain, steps_of, _metric(key))
         if not any(len(each) > 1 for each in points.values()):
             return None
@@ -132,7 +132,7 @@ _FIGURES: dict[str, list[tuple[str, Callable[[list[Row]], str | None]]]] = {
         ("perplexity by steps", _against_steps("perplexity", "perplexity")),
         ("perplexity and energy", _pareto("perplexity", "perplexity", lower=True)),
     ],
-    "reconstruction": [("error by steps, uniform values", _against_steps("mse", "mean squared error", log=True))],
+    "reconstruction": [("error by steps", _against_steps("mse", "mean squared error", log=True))],
 }
 
 _COLOURS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spikeplug.errors import OptionError, listed, nearest
@@ -66,11 +66,16 @@ def chapters(store: Store, only: Sequence[str] | None = None) -> list[Chapter]:
 
 def tables(suite: Suite, rows: Sequence[Row]) -> list[Table]:
     """The tables of a suite's rows: one for each task and model."""
+    return [_table(suite, group) for group in grouped(rows)]
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one model and one task, whose figures can be compared."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         task = {key: value for key, value in row.cell["task"].items() if key != "encoder"}
         groups.setdefault(json.dumps([row.name, task], sort_keys=True), []).append(row)
-    return [_table(suite, group) for group in groups.values()]
+    return list(groups.values())
 
 
 def text_tables(suite: Suite, rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
