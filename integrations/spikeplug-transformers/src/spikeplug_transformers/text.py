@@ -36,7 +36,8 @@ def tokenize(opened: Opened, text: Path) -> tuple[Tensor, dict[str, Any]]:
     if not decoded.strip():
         raise OptionError(f"the text {text} is empty")
     ids = tokenizer(decoded, return_tensors="pt", verbose=False)["input_ids"][0]
-    known = model.config.vocab_size  # not of the embedding, which not every rank of a pipeline has
+    config: Any = model.config
+    known = config.vocab_size  # not of the embedding, which not every rank of a pipeline has
     if len(ids) and int(ids.max()) >= known:
         raise OptionError(
             f"the text {text} has token {int(ids.max())}, the model knows {known}: it is not this model's tokenizer"
