@@ -99,6 +99,21 @@ def test_what_does_not_fit_is_halved_and_said(error, tmp_path, monkeypatch):
     assert sizes == [16, 8, 4, 2]
 
 
+def test_a_device_that_is_not_there_is_a_row(shapes_like, tmp_path):
+    row = json.loads(run_cell(json.dumps(spec_of(shapes_like, tmp_path, tmp_path))))
+    assert row["status"] == "error"
+    assert row["hardware"]["cpu"]
+
+
+def test_a_forced_run_that_fails_keeps_what_was_done(codes, tmp_path, monkeypatch):
+    store = Store(tmp_path / "a.db")
+    first = runner.run(codes, store, tmp_path)
+    monkeypatch.setitem(tasks._MEASURES, "reconstruction", lambda context, task: 1 / 0)
+    arrived = []
+    assert runner.run(codes, store, tmp_path, force=True, arrived=arrived.append) == first
+    assert {row.error for row in arrived} == {"ZeroDivisionError: division by zero"}
+
+
 def test_changed_code_is_said_and_not_mixed_silently(codes, tmp_path, monkeypatch):
     store = Store(tmp_path / "a.db")
     runner.run(codes, store, tmp_path)
@@ -119,6 +134,14 @@ def test_other_versions_are_other_cells(codes, tmp_path, monkeypatch):
     rows = store.rows()
     assert len(rows) == 12
     assert len({row.point for row in rows}) == 6
+
+
+@pytest.fixture
+def shapes_like():
+    """A cell on a device that no machine has."""
+    model = {"source": "spikeplug_bench.embedded:shapes_cnn"}
+    task = {"kind": "accuracy", "images": "."}
+    return Cell.model_validate({"name": "a", "model": model, "recipe": "dense", "task": task, "device": "nowhere"})
 
 
 # Engines
@@ -265,6 +288,8 @@ def test_run_report_and_lists(bench, codes_file):
         (["run", "SUITE", "-o", "gpu=1"], "no such option"),
         (["run", "SUITE", "--address", "x", "--engine", "local"], "is for --engine ray"),
         (["run", "SUITE", "-j", "0"], "at least 1"),
+        (["run", "SUITE", "-j", "2", "--engine", "local"], "one cell at a time"),
+        (["run", "SUITE", "--engine", "ray", "-o", "gpus=abc"], "-o gpus=abc: Input should be a valid number"),
         (["run", "SUITE", "--data", "nowhere"], "no folder"),
         (["run", "SUITE", "--store", "no/a.db"], "folder does not exist"),
         (["run", "SUITE", "-s", "task.encoder=rte"], "unknown encoder 'rte'"),

@@ -25,7 +25,7 @@ def test_rows_come_back_as_they_went_in(tmp_path):
     rows = [_row("1"), _row("2", "error", error="é \n")]
     for row in rows:
         store.put(row)
-    run = Run("now", "s", 1, {"format": 1}, {"steps": [4]}, ["2", "1", "0"])
+    run = Run("now", "s", 1, {"format": 1}, {"steps": [4]}, {"2": "a", "1": "b", "0": "c"})
     store.record(run)
     store.close()
     again = Store(tmp_path / "a.db", read_only=True)

@@ -74,6 +74,18 @@ def test_unknown_axes_are_named(word, says):
         overrides([word])
 
 
+def test_commas_in_brackets_and_quotes_part_nothing():
+    change = overrides(['options.x={"a":{"b":1},"c":{"d":2}},[[1,2],[3]],"p,q",r'])
+    assert change["options.x"] == [{"a": {"b": 1}, "c": {"d": 2}}, [[1, 2], [3]], "p,q", "r"]
+
+
+def test_names_that_are_no_names_are_refused(suite):
+    with pytest.raises(OptionError, match="unknown model"):
+        cells(suite, {"model": [[1]]})
+    with pytest.raises(OptionError, match="encoder=1: the name of an encoder is needed"):
+        cells(read_suite("encodings"), {"task.encoder": [1]})
+
+
 def test_an_axis_of_a_task_that_no_task_has_is_refused(suite):
     with pytest.raises(OptionError, match="no task of this suite has 'distribution'"):
         cells(suite, overrides(["task.distribution=normal"]))
@@ -121,11 +133,23 @@ def test_files_that_are_no_suites(path, value, says):
         ("grids.0.task", {"kind": "throughput"}, "needs text or images"),
         ("grids.0.task", {"kind": "reconstruction", "encoder": "rate"}, "leave model and recipe out"),
         ("grids.0.model", None, "needs a model and a recipe"),
+        ("grids.0.steps", [], "the axis 'steps' has no value"),
+        ("grids.0.options", {"beta": []}, "the axis 'options.beta' has no value"),
+        ("grids.0.dtype", "float16", "dtype 'float16' is for language models"),
+        ("grids.0.ranks", 2, "share the items of 'lm-eval', not of 'accuracy'"),
+        (
+            "models.other",
+            {"source": "m:f", "weights": "w.safetensors", "calibration": {"images": "train"}},
+            "are the same",
+        ),
     ],
 )
 def test_values_that_are_not_allowed(path, value, says):
-    with pytest.raises((OptionError, UnknownNameError), match=says):
+    def read() -> None:
         cells(parse_suite(_changed(path, value)))
+
+    with pytest.raises((OptionError, UnknownNameError), match=says):
+        read()
 
 
 @pytest.mark.parametrize(
@@ -140,6 +164,7 @@ def test_values_that_are_not_allowed(path, value, says):
         ("", "is no suite: a mapping"),
         ("[" * 5000, "nested too deep|is no YAML|line"),
         ("? [a]\n: 1", "line|is no suite"),
+        ("title: 2024-13-45", "is no suite: month must be in"),
     ],
 )
 def test_hostile_yaml_is_one_line(tmp_path, text, says):
@@ -199,6 +224,19 @@ def test_an_id_is_that_of_the_point_the_versions_and_the_files(tmp_path, monkeyp
     monkeypatch.setattr(identity, "_version", lambda name: "9.9")
     assert first != identity.cell_id(cell, tmp_path)
     assert identity.point_of(cell) == identity.point_of(_cell(steps=4))
+
+
+def test_an_id_changes_with_what_is_in_a_folder_or_in_prices(tmp_path):
+    (tmp_path / "images").mkdir()
+    task = {"kind": "energy", "images": "images", "costs": "mine.json"}
+    cell = Cell.model_validate({"name": "a", "model": {"source": "m:f"}, "recipe": "rate", "task": task})
+    found = set()
+    for prices, image in (("{}", "one"), ("{ }", "one"), ("{}", "two")):  # of one length
+        (tmp_path / "mine.json").write_text(prices)
+        (tmp_path / "images" / "a.png").write_text(image)
+        identity.fingerprint.cache_clear()
+        found.add(identity.digest(identity.inputs(cell, tmp_path)))
+    assert len(found) == 3
 
 
 def test_an_id_changes_with_the_text_that_a_cell_reads(tmp_path):

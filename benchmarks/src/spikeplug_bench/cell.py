@@ -29,6 +29,9 @@ def spec_of(cell: Cell, data: Path, cache: Path) -> dict[str, Any]:
     return {
         "id": cell_id(cell, data),
         "cell": cell.model_dump(mode="json"),
+        "versions": versions(cell) | {"python": platform.python_version()},
+        "inputs": inputs(cell, data),
+        "code": code_digest(),
         "data": str(data),
         "cache": str(cache),
     }
@@ -69,8 +72,6 @@ def _run(spec: dict[str, Any], cell: Cell, watch: Watch) -> dict[str, Any]:
         }
         if batch_size is not None:
             row["protocol"]["batch_size"] = f"{batch_size}, halved: larger ones did not fit into memory"
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # whatever it is, the sweep goes on and the row says it
         row |= {"status": "oom" if _out_of_memory(error) else "error", "error": _said(error)}
     row["hardware"] = _hardware(cell.device)
@@ -80,7 +81,7 @@ def _run(spec: dict[str, Any], cell: Cell, watch: Watch) -> dict[str, Any]:
 
 def empty_row(spec: dict[str, Any]) -> dict[str, Any]:
     """A row of a cell of which nothing is known yet."""
-    cell, data = Cell.model_validate(spec["cell"]), Path(spec["data"])
+    cell = Cell.model_validate(spec["cell"])
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {
         "id": spec["id"],
@@ -93,9 +94,9 @@ def empty_row(spec: dict[str, Any]) -> dict[str, Any]:
         "protocol": {},
         "detail": {},
         "config": {},
-        "versions": versions(cell) | {"python": platform.python_version()},
-        "inputs": inputs(cell, data),
-        "code": code_digest(),
+        "versions": spec["versions"],
+        "inputs": spec["inputs"],
+        "code": spec["code"],
         "hardware": {},
         "seed": cell.seed,
         "started": now,
@@ -109,12 +110,13 @@ def _measured(spec: dict[str, Any], cell: Cell, watch: Watch) -> tuple[Any, int 
     from .tasks import Context, measure
 
     halved: int | None = None
-    for attempt in range(HALVINGS + 1):
+    halvings = 0 if "RANK" in os.environ else HALVINGS  # ranks must stay in step
+    for attempt in range(halvings + 1):
         try:
             return measure(Context(cell, spec["id"], Path(spec["data"]), Path(spec["cache"]), watch)), halved
         except Exception as error:
             size = getattr(cell.task, "batch_size", 1)
-            if not _out_of_memory(error) or size < 2 or attempt == HALVINGS:
+            if not _out_of_memory(error) or size < 2 or attempt == halvings:
                 raise
             halved = size // 2
         _free()
@@ -141,9 +143,8 @@ def _free() -> None:
 
 
 def _said(error: Exception) -> str:
-    if isinstance(error, SpikeplugError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, SpikeplugError) else f"{type(error).__name__}: {text or 'no message'}"
 
 
 def _plain(found: dict[str, Any]) -> dict[str, Any]:
@@ -156,9 +157,8 @@ def _hardware(device: str) -> dict[str, Any]:
     import torch
 
     found: dict[str, Any] = {"machine": platform.machine(), "cpu": _cpu(), "threads": torch.get_num_threads()}
-    where = torch.device(device)
-    if where.type == "cuda":
-        found["accelerator"] = torch.cuda.get_device_name(where)
+    if device != "cpu" and torch.cuda.is_available():
+        found["accelerators"] = sorted({torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())})
     return found
 
 
@@ -187,7 +187,7 @@ def _under_torchrun(spec: dict[str, Any], cell: Cell, watch: Watch) -> str:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
         command += ["-m", "spikeplug_bench.cell", str(given), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and out.is_file():
+        if out.is_file():
             return out.read_text()
         last = [line for line in done.stderr.splitlines() if "Error" in line][:1] or done.stderr.splitlines()[-1:]
         return json.dumps(empty_row(spec) | {"status": "died", "error": f"torchrun {cell.ranks}: {''.join(last)}"})
@@ -198,6 +198,8 @@ def _main() -> None:
     row = run_cell(given.read_text())
     if os.environ.get("RANK", "0") == "0":
         out.write_text(row)
+    # A rank that fails must end, or the others would wait for it.
+    sys.exit(json.loads(row)["status"] != DONE)
 
 
 if __name__ == "__main__":

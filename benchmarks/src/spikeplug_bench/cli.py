@@ -189,6 +189,8 @@ def _change(setting: list[str] | None, **given: Any) -> Axis:
 
 
 def _engine(name: str | None, jobs: int, address: str | None, option: list[str] | None) -> Engine:
+    import pydantic
+
     from spikeplug.errors import nearest
     from spikeplug.plugins import get_class
 
@@ -203,7 +205,13 @@ def _engine(name: str | None, jobs: int, address: str | None, option: list[str] 
             raise OptionError(
                 f"-o {key}: engine '{name}' has no such option{nearest(key, known)} It has: {sorted(known)}"
             )
-    engine: Engine = cls(jobs=jobs, **given)
+    if name == "local" and jobs > 1:
+        raise OptionError(f"-j {jobs}: --engine local runs one cell at a time; leave --engine out")
+    try:
+        engine: Engine = pydantic.TypeAdapter(cls).validate_python({"jobs": jobs, **given})
+    except pydantic.ValidationError as error:
+        found = error.errors()[0]
+        raise OptionError(f"-o {found['loc'][0]}={found['input']}: {found['msg']}") from None
     return engine
 
 

@@ -48,6 +48,11 @@ def died(spec: str, why: str) -> str:
     return json.dumps(empty_row(json.loads(spec)) | {"status": "died", "error": why})
 
 
+def _cause(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
+
+
 @dataclasses.dataclass
 class Local(Engine):
     """One after the other, in this process."""
@@ -142,7 +147,7 @@ class Ray(Engine):
                 try:
                     yield ray.get(reference)
                 except ray.exceptions.RayError as error:
-                    yield died(spec, f"{type(error).__name__} after {self.retries} retries")
+                    yield died(spec, _cause(error))
 
     def close(self) -> None:
         _package("ray", "ray").shutdown()
@@ -184,7 +189,7 @@ class Slurm(Engine):
             try:
                 yield job.result()
             except Exception as error:  # a job that was killed, or that Slurm lost
-                yield died(self._jobs[job], f"job {job.job_id}: {type(error).__name__}")
+                yield died(self._jobs[job], f"job {job.job_id}: {_cause(error)}")
 
     def close(self) -> None:
         for job in getattr(self, "_jobs", {}):

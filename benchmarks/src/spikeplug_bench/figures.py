@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .spec import DENSE
 from .store import DONE, Row
-from .tables import Chapter, grouped, steps_of, what_of
+from .tables import Chapter, grouped, options_of, steps_of, what_of
 
 Points = dict[str, list[tuple[float, float]]]
 """Name of a line to its points."""
@@ -33,12 +33,18 @@ def _of(row: Row) -> str:
     return f" ({', '.join(about)})" if about else ""
 
 
-def _lines(rows: Iterable[Row], x: Callable[[Row], Any], y: Callable[[Row], Any]) -> Points:
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """Of a line: the recipe, and options where rows of it differ in them."""
+    differ = len({options_of(other) for other in rows if what_of(other) == what_of(row)}) > 1
+    return f"{what_of(row)} {options_of(row)}".strip() if differ else what_of(row)
+
+
+def _lines(rows: Sequence[Row], x: Callable[[Row], Any], y: Callable[[Row], Any]) -> Points:
     found: Points = {}
     for row in rows:
         at, value = x(row), y(row)
         if at not in (None, "") and value is not None and row.cell["recipe"] != DENSE:
-            found.setdefault(what_of(row), []).append((float(at), float(value)))
+            found.setdefault(_name(row, rows), []).append((float(at), float(value)))
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -104,9 +110,10 @@ def _by_layer(pick: Callable[[Row], dict[str, float]], label: str) -> Callable[[
         names: list[str] = []
         for row in rows:
             found = pick(row)
-            if found and what_of(row) not in points:
+            name = f"{_name(row, rows)}, T = {steps_of(row)}"
+            if found and name not in points:
                 names = max(names, list(found), key=len)
-                points[what_of(row)] = [(float(index), value) for index, value in enumerate(found.values())]
+                points[name] = [(float(index), value) for index, value in enumerate(found.values())]
         return _plot(points, "layer of neurons, from the input on", label, ticks=names) if points else None
 
     return draw

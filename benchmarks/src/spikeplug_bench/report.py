@@ -40,13 +40,15 @@ def write_csv(found: Sequence[Chapter], path: Path) -> None:
     """Write every figure as a line. Raises BundleError."""
     out = io.StringIO()
     writer = csv.writer(out)
-    head = ["suite", "id", "model", "recipe", "steps", "options", "framework", "execution", "task", "seed", "status"]
+    head = ["suite", "id", "model", "recipe", "steps", "options", "framework", "execution", "task"]
+    head += ["dtype", "device", "ranks", "seed", "status"]
     writer.writerow([*head, "metric", "value", "protocol"])
     for chapter in found:
         for row in chapter.rows:
             cell = row.cell
             start = [chapter.suite.name, row.id, row.name, what_of(row), steps_of(row), json.dumps(cell["options"])]
-            start += [cell["framework"], cell["execution"] or "", cell["task"]["kind"], str(row.seed), row.status]
+            start += [cell["framework"], cell["execution"] or "", cell["task"]["kind"]]
+            start += [cell["dtype"], cell["device"], str(cell["ranks"]), str(row.seed), row.status]
             for metric, value in {**row.metrics, **row.timing}.items() or {"error": row.error}.items():
                 writer.writerow([*start, metric, value, json.dumps(row.protocol)])
     _write(path, out.getvalue())
@@ -67,7 +69,14 @@ def write_latex(found: Sequence[Chapter], path: Path) -> None:
     _write(path, "\n".join(lines))
 
 
-_TEX = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$"}
+_TEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    "β": "$\\beta$",
+    "·": "$\\cdot$",
+}
 
 
 def _tex(text: str) -> str:

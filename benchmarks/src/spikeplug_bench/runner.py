@@ -83,8 +83,13 @@ def run(
     found = plan(suite, store, data, change, cache=cache_of(store.path))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     definition = suite.model_dump(mode="json")
-    store.record(Run(now, suite.name, suite.version, definition, change or {}, list(found.specs)))
+    names = {each: spec["cell"]["name"] for each, spec in found.specs.items()}
+    store.record(Run(now, suite.name, suite.version, definition, change or {}, names))
     wanted = list(found.specs) if force else found.left
+    if force:
+        for each in wanted:
+            for file in cache_of(store.path).glob(f"answers-{each[:32]}*"):
+                file.unlink()
     try:
         for text in engine.run([json.dumps(found.specs[each]) for each in wanted], watch):
             row = Row(**json.loads(text))

@@ -88,14 +88,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One call of `spikeplug bench run`: which suite, with what changes, and the ids of its cells in order."""
+    """One call of `spikeplug bench run`: which suite, with what changes, its cells' ids in order and models' names."""
 
     started: str
     suite: str
     version: int
     definition: dict[str, Any]
     overrides: dict[str, Any]
-    cells: list[str]
+    cells: dict[str, str]
 
 
 _COLUMNS = [field.name for field in dataclasses.fields(Row)]
@@ -121,15 +121,18 @@ class Store:
         if not read_only and not path.parent.is_dir():
             raise OptionError(f"cannot write the store {path}: its folder does not exist")
         try:
-            self._connection = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._open()
+            where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            self._connection = sqlite3.connect(where, uri=True, timeout=60, isolation_level=None)
+            self._open(read_only)
         except sqlite3.OperationalError as error:
             raise OptionError(f"cannot open the store {path}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise BundleError(f"{path} is no store of results: {error}") from None
 
-    def _open(self) -> None:
+    def _open(self, read_only: bool) -> None:
         self._connection.execute("PRAGMA synchronous=FULL")
+        if self._version() == 0 and read_only:
+            raise BundleError(f"{self.path} is no store of results")
         if self._version() == 0:
             with self._transaction():
                 # Another driver may have made the tables in the meantime.
@@ -140,7 +143,8 @@ class Store:
                 f"{self.path} was written by a newer spikeplug-bench (store version {self._version()}, this one reads "
                 f"{SCHEMA}): pip install --upgrade spikeplug-bench"
             )
-        self._to_wal()
+        if not read_only:
+            self._to_wal()
 
     def _version(self) -> int:
         version: int = self._connection.execute("PRAGMA user_version").fetchone()[0]
@@ -186,7 +190,7 @@ class Store:
         self._connection.close()
 
     def put(self, row: Row, *, replace: bool = False) -> None:
-        """Store a row; one that is done is kept unless `replace`.
+        """Store a row; one that is done is kept, unless `replace` and the new one is done too.
 
         Raises:
             BundleError: it cannot be written, as where the disk is full; earlier rows are safe.
@@ -195,7 +199,7 @@ class Store:
         marks = ", ".join("?" * len(_COLUMNS))
         with self._transaction():
             kept = self._connection.execute("SELECT status FROM cells WHERE id = ?", (row.id,)).fetchone()
-            if replace or kept is None or kept[0] != DONE:
+            if kept is None or kept[0] != DONE or (replace and row.status == DONE):
                 self._connection.execute(
                     f"INSERT OR REPLACE INTO cells ({', '.join(_COLUMNS)}) VALUES ({marks})", values
                 )

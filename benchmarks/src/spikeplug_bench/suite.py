@@ -16,7 +16,7 @@ import yaml
 from spikeplug import plugins
 from spikeplug.errors import OptionError, listed, nearest
 
-from .spec import DENSE, TASKS, Cell, Energy, LmEval, Model, Perplexity, Reconstruction, Strict, Throughput
+from .spec import DENSE, TASKS, Accuracy, Cell, Energy, LmEval, Model, Perplexity, Reconstruction, Strict, Throughput
 
 SHIPPED = Path(__file__).parent / "suites"
 LARGEST = 2**20
@@ -129,6 +129,8 @@ def read_suite(source: str | Path) -> Suite:
         raise OptionError(f"cannot read the suite {path}: {getattr(error, 'strerror', None) or error}") from None
     except RecursionError:
         raise OptionError(f"{path} is no suite: it is nested too deep") from None
+    except ValueError as error:
+        raise OptionError(f"{path} is no suite: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -141,9 +143,13 @@ def parse_suite(data: Any, where: str = "suite") -> Suite:
     if not isinstance(data, Mapping):
         raise OptionError(f"{where} is no suite: a mapping with format, name, title and grids is needed")
     try:
-        return Suite.model_validate(data)
+        suite = Suite.model_validate(data)
     except pydantic.ValidationError as error:
         raise OptionError(f"{where}: {_first(error, Suite)}") from None
+    for one, other in itertools.combinations(suite.models, 2):
+        if suite.models[one] == suite.models[other]:
+            raise OptionError(f"{where}: models '{one}' and '{other}' are the same: their cells would be the same")
+    return suite
 
 
 def _first(error: pydantic.ValidationError, cls: type[pydantic.BaseModel]) -> str:
@@ -212,7 +218,15 @@ def overrides(words: Sequence[str]) -> Axis:
 
 def _split(text: str) -> list[str]:
     """Parts between commas that are in no bracket and no quote."""
-    return re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\"[^\"]*\"|[^,])+", text) or [text]
+    parts, depth, quoted = [""], 0, False
+    for letter in text:
+        quoted ^= letter == '"'
+        depth += 0 if quoted else (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _value(text: str) -> Any:
@@ -268,13 +282,14 @@ def _points(suite: Suite, number: int, grid: Grid, change: Axis) -> Iterator[Cel
     axes |= {f"options.{key}": value if isinstance(value, list) else [value] for key, value in grid.options.items()}
     axes |= {key: values for key, values in change.items() if key.startswith("options.")}
     tasks = grid.task if isinstance(grid.task, list) else [grid.task]
+    _require_full(axes, where)
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
         options = {key[8:]: chosen.pop(key) for key in list(chosen) if key.startswith("options.")}
         name, recipes = chosen.pop("model"), chosen.pop("recipe")
-        if name is not None and name not in suite.models:
+        if name is not None and (not isinstance(name, str) or name not in suite.models):
             raise OptionError(
-                f"{where}: unknown model '{name}'{nearest(name, suite.models)} Models: {listed(suite.models)}"
+                f"{where}: unknown model '{name}'{nearest(str(name), suite.models)} Models: {listed(suite.models)}"
             )
         model = suite.models[name] if name else None
         wanted = [task for given in tasks for task in _tasks(given, change, where)]
@@ -315,6 +330,7 @@ def _tasks(given: dict[str, Any], change: Axis, where: str) -> Iterator[dict[str
         axes[key] = value if nested else [value]
     if "encoder" in axes:
         axes["encoder"] = [name for value in axes["encoder"] for name in _encoders(value)]
+    _require_full(axes, where)
     for point in itertools.product(*axes.values()):
         yield dict(zip(axes, point, strict=True))
 
@@ -323,9 +339,17 @@ def _of_task(change: Axis, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {key[5:]: values for key, values in change.items() if key.startswith("task.") and key[5:] in fields}
 
 
-def _encoders(name: str) -> list[str]:
+def _require_full(axes: Axis, where: str) -> None:
+    for key, values in axes.items():
+        if not values:
+            raise OptionError(f"{where}: the axis '{key}' has no value; a list that is a value stands in another list")
+
+
+def _encoders(name: Any) -> list[str]:
     if name == "*":
         return list(plugins.registry().names("encoder"))
+    if not isinstance(name, str):
+        raise OptionError(f"encoder={name!r}: the name of an encoder is needed")
     plugins.registry().find("encoder", name)
     return [name]
 
@@ -340,3 +364,10 @@ def _require_whole(cell: Cell, where: str) -> None:
         raise OptionError(f"{where}: the task '{cell.task.kind}' needs text or images, one of them")
     if cell.framework != "torch":
         plugins.registry().find("framework", cell.framework)
+        if not isinstance(cell.task, Accuracy):
+            raise OptionError(f"{where}: framework '{cell.framework}' runs the task 'accuracy' alone")
+    if cell.dtype != "auto" and (about_code or getattr(cell.task, "images", None)):
+        raise OptionError(f"{where}: dtype '{cell.dtype}' is for language models")
+    shares = cell.model is not None and (cell.model.parallel != "data" or isinstance(cell.task, LmEval))
+    if cell.ranks > 1 and not shares:
+        raise OptionError(f"{where}: ranks of parallel 'data' share the items of 'lm-eval', not of '{cell.task.kind}'")

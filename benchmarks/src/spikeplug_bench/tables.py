@@ -56,7 +56,8 @@ def chapters(store: Store, only: Sequence[str] | None = None) -> list[Chapter]:
     found = []
     for name, run in last.items():
         if not only or name in only:
-            rows = store.rows(run.cells)
+            # A row that another suite measured has the name that its model has there.
+            rows = [dataclasses.replace(row, name=run.cells[row.id]) for row in store.rows(list(run.cells))]
             found.append(Chapter(parse_suite(run.definition, name), run, rows, len(run.cells) - len(rows)))
     return found
 
@@ -85,6 +86,22 @@ def text_tables(suite: Suite, rows: Sequence[Row]) -> Iterator[tuple[str, list[s
 
 
 Column = tuple[str, Callable[[Row], str]]
+PLAIN = ("framework", "dtype", "device", "ranks", "seed")
+"""Axes that have a column where they differ."""
+
+
+def _axis(name: str) -> Callable[[Row], str]:
+    return lambda row: str(row.cell.get(name, ""))
+
+
+def twin(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The finished dense row that differs from a row in its conversion alone."""
+    same = ("model", "dtype", "device", "seed", "ranks")
+    for other in rows:
+        alike = all(other.cell.get(key) == row.cell.get(key) for key in same)
+        if alike and other.cell["recipe"] == DENSE and other.status == DONE and other is not row:
+            return other
+    return None
 
 
 def _table(suite: Suite, rows: list[Row]) -> Table:
@@ -92,18 +109,16 @@ def _table(suite: Suite, rows: list[Row]) -> Table:
     first: list[Column] = [
         ("code" if kind == "reconstruction" else "recipe", what_of),
         ("T", steps_of),
-        ("options", _options),
+        ("options", options_of),
     ]
-    first += [("framework", lambda row: row.cell["framework"])] if kind == "accuracy" else []
-    first += [("seed", lambda row: str(row.seed))]
+    first += [(name, _axis(name)) for name in PLAIN]
     columns = [*first, *_COLUMNS[kind](suite, rows), ("", _remark)]
     cells = [[text(row) for _, text in columns] for row in rows]
     # A column that says the same of every row, or nothing, tells nothing.
     kept = [
         index
         for index, (name, _) in enumerate(columns)
-        if any(row[index] for row in cells)
-        and (name not in ("seed", "framework") or len({r[index] for r in cells}) > 1)
+        if any(row[index] for row in cells) and (name not in PLAIN or len({r[index] for r in cells}) > 1)
     ]
     common = _common([row.protocol for row in rows if row.protocol])
     task = rows[0].cell["task"]
@@ -128,7 +143,7 @@ def steps_of(row: Row) -> str:
     return "" if row.cell["recipe"] == DENSE or steps is None else str(steps)
 
 
-def _options(row: Row) -> str:
+def options_of(row: Row) -> str:
     said = {**row.cell["options"]}
     if row.cell["execution"]:
         said["execution"] = row.cell["execution"]
@@ -165,11 +180,11 @@ _ENERGY: list[Column] = [
 
 
 def _perplexity(suite: Suite, rows: list[Row]) -> list[Column]:
-    dense = next((r.metrics.get("perplexity") for r in rows if r.cell["recipe"] == DENSE), None)
-
     def change(row: Row) -> str:
-        found = row.metrics.get("perplexity")
-        return "" if not dense or found is None or row.cell["recipe"] == DENSE else f"{found / dense - 1:+.2%}"
+        found, dense = row.metrics.get("perplexity"), twin(row, rows)
+        if dense is None or found is None or row.cell["recipe"] == DENSE:
+            return ""
+        return f"{found / dense.metrics['perplexity'] - 1:+.2%}"
 
     return [
         ("perplexity", _figure("perplexity", "{:,.3f}")),
@@ -182,7 +197,6 @@ def _perplexity(suite: Suite, rows: list[Row]) -> list[Column]:
 
 def _lm_eval(suite: Suite, rows: list[Row]) -> list[Column]:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics if name.endswith(".acc")))
-    dense = next((row for row in rows if row.cell["recipe"] == DENSE and row.status == DONE), None)
 
     def score(name: str) -> Callable[[Row], str]:
         def text(row: Row) -> str:
@@ -196,12 +210,12 @@ def _lm_eval(suite: Suite, rows: list[Row]) -> list[Column]:
     return [
         *((name.removesuffix(".acc"), score(name)) for name in names),
         ("mean", _figure("mean_acc", "{:.2%}")),
-        ("same answers as dense", lambda row: _same_answers(row, dense)),
+        ("same answers as dense", lambda row: _same_answers(row, twin(row, rows))),
     ]
 
 
 def _same_answers(row: Row, dense: Row | None) -> str:
-    if dense is None or row is dense or row.status != DONE:
+    if dense is None or row.cell["recipe"] == DENSE or row.status != DONE:
         return ""
     mine, theirs = row.detail["predictions"], dense.detail["predictions"]
     pairs = [pair for name in mine if name in theirs for pair in zip(mine[name], theirs[name], strict=False)]
@@ -265,6 +279,8 @@ def _published(suite: Suite, metric: str, form: str, where: Callable[[Row], bool
         return []
 
     def text(row: Row) -> str:
+        if row.cell["options"] or row.cell["framework"] != "torch" or row.cell["execution"]:
+            return ""  # it is another thing than what was published
         steps = steps_of(row)
         found = [
             e for e in known if where(row) and e.recipe == what_of(row) and (e.steps is None or str(e.steps) == steps)

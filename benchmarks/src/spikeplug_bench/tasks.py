@@ -22,7 +22,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
 from spikeplug.stats import ActivationStats
 
-from .identity import canonical, digest, inputs, locate
+from .identity import canonical, code_digest, digest, inputs, locate, versions
 from .spec import DENSE, Accuracy, Cell, Energy, LmEval, Perplexity, Reconstruction, Throughput
 
 
@@ -83,7 +83,18 @@ def _key(context: Context) -> str:
     fields = cell.model_dump(
         mode="json", include={"model", "recipe", "steps", "options", "execution", "dtype", "device"}
     )
-    return canonical([fields, cell.seed, cell.ranks, inputs(cell, context.data)])
+    return canonical([fields, cell.seed, cell.ranks, *_state(context)])
+
+
+def _state(context: Context) -> list[Any]:
+    """What else a network that is kept depends on: files, versions, source code."""
+    return [inputs(context.cell, context.data), versions(context.cell), code_digest()]
+
+
+def _device(cell: Cell) -> str:
+    """The device of this process: ranks of data-parallel cells have one each."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if cell.device == "cuda" and cell.ranks > 1 and rank else cell.device
 
 
 def _source(context: Context) -> str:
@@ -100,7 +111,7 @@ def _text_model(context: Context) -> Opened:
 def _open_text(context: Context, config: ConversionConfig | None) -> Opened:
     cell, architecture = context.cell, language()
     assert cell.model is not None
-    how: dict[str, Any] = {"dtype": cell.dtype, "device": cell.device}
+    how: dict[str, Any] = {"dtype": cell.dtype, "device": _device(cell)}
     if cell.ranks > 1 and cell.model.parallel != "data":
         tensor = cell.model.parallel == "tensor"
         placement = Placement(tensor=cell.ranks) if tensor else Placement(pipeline=cell.ranks)
@@ -108,7 +119,10 @@ def _open_text(context: Context, config: ConversionConfig | None) -> Opened:
         return architecture.open(source, **how, placement=placement)
     placement = Placement(device_map=cell.model.device_map)
     if config is None:
-        return architecture.open(_source(context), **how, placement=placement)
+        opened = architecture.open(_source(context), **how, placement=placement)
+        if hasattr(opened.model, "spikeplug_config"):
+            raise OptionError(f"model '{cell.name}' is a converted one: its dense network is wanted as the source")
+        return opened
     given = cell.model.calibration
     if given.text is None:
         raise OptionError(f"model '{cell.name}' has no calibration text: say models.{cell.name}.calibration.text")
@@ -119,7 +133,8 @@ def _open_text(context: Context, config: ConversionConfig | None) -> Opened:
     if placement:
         spikeplug.calibrate(opened.model, batches, watch=context.watch)
     else:
-        observed = _observed(context, config)
+        # Codes whose scales are found at run time observe nothing.
+        observed = _observed(context, config) if config.build()[0].static else None
         spikeplug.convert(opened.model, config, calibration=batches, observed=observed, watch=context.watch)
     return opened
 
@@ -148,7 +163,7 @@ def _observed(context: Context, config: ConversionConfig) -> Path:
     )
     cell = context.cell
     assert cell.model is not None
-    key = [same, cell.model.model_dump(mode="json"), cell.dtype, inputs(cell, context.data), spikeplug.__version__]
+    key = [same, cell.model.model_dump(mode="json"), cell.dtype, cell.device, inputs(cell, context.data), code_digest()]
     context.cache.mkdir(parents=True, exist_ok=True)
     return context.cache / f"observed-{digest(key)[:16]}.safetensors"
 
@@ -162,7 +177,10 @@ def _open_images(context: Context, config: ConversionConfig | None) -> Any:
     assert cell.model is not None
     weights = locate(cell.model.weights, context.data) if cell.model.weights else None
     if config is None:
-        return vision().open(_source(context), weights).to(cell.device)
+        dense = vision().open(_source(context), weights)
+        if hasattr(dense, "spikeplug_config"):
+            raise OptionError(f"model '{cell.name}' is a converted one: its dense network is wanted as the source")
+        return dense.to(cell.device)
     given = cell.model.calibration
     if given.images is None:
         raise OptionError(f"model '{cell.name}' has no calibration images: say models.{cell.name}.calibration.images")
@@ -170,14 +188,24 @@ def _open_images(context: Context, config: ConversionConfig | None) -> Any:
         _source(context), str(cell.recipe), config, locate(given.images, context.data),
         weights=weights, count=given.count, observed=None, watch=context.watch,
     )  # fmt: skip
+    if not hasattr(found, "observing"):
+        raise OptionError("this network was not traced, so its dense twin is gone: give options: {structure: graph}")
     return found.to(cell.device)
 
 
-def _described(context: Context, config: ConversionConfig | None) -> dict[str, Any]:
+def _described(context: Context, config: ConversionConfig | None, model: Any) -> dict[str, Any]:
     """Protocol that every task of a network has."""
     cell = context.cell
     assert cell.model is not None
-    found: dict[str, Any] = {"device": cell.device, "dtype": cell.dtype, "seed": cell.seed}
+    tensors = list(model.parameters())
+    dtypes = {str(each.dtype).removeprefix("torch.") for each in tensors}
+    found: dict[str, Any] = {
+        "device": ", ".join(sorted({str(each.device) for each in tensors})),
+        "dtype": ", ".join(sorted(dtypes)),
+        "seed": cell.seed,
+    }
+    if cell.model.device_map is not None:
+        found["device_map"] = cell.model.device_map
     if cell.ranks > 1:
         unknown = ", spikes not counted" if _split(cell) else ""
         found["ranks"] = f"{cell.ranks}, {cell.model.parallel} parallel{unknown}"
@@ -225,7 +253,7 @@ def _perplexity(context: Context, task: Perplexity) -> Measured:
     )
     if _split(context.cell):
         found = {key: value for key, value in found.items() if key != "energy"}
-    protocol = {**_described(context, config), **found["protocol"], "model": context.cell.name}
+    protocol = {**found["protocol"], **_described(context, config, opened.model), "model": context.cell.name}
     protocol |= {"energy": found["energy"]["assumptions"]} if "energy" in found else {}
     metrics = {"perplexity": found["perplexity"], **_figures(found, "token")}
     timing = {"tokens_per_second": found["tokens_per_second"]}
@@ -253,7 +281,7 @@ def _lm_eval(context: Context, task: LmEval) -> Measured:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = _watched(HFLM, context)(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
     # The key of lm-eval's cache of answers names no model, so every cell has a file of its own.
-    answers = str(context.cache / f"answers-{context.id[:32]}")
+    answers = str(context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}")
     # Its bootstrap forks this process, which torch's threads do not survive; spreads are computed below.
     found: Any = lm_eval.simple_evaluate(
         model=model, tasks=wanted, num_fewshot=task.fewshot, limit=task.limit, use_cache=answers,
@@ -262,30 +290,46 @@ def _lm_eval(context: Context, task: LmEval) -> Measured:
     )  # fmt: skip
     if found is None:  # another rank than the first
         return Measured({}, {})
+    metrics, detail = _scores(found)
+    where = f"local files of {task.local}" if task.local else "hub"
+    protocol = {
+        "tasks": where, "items": detail["items"], "fewshot": task.fewshot, "batch_size": task.batch_size,
+        "lm_eval": lm_eval.__version__, "bos": _starts_with_bos(opened.tokenizer),
+        **_described(context, config, opened.model),
+    }  # fmt: skip
+    return Measured(metrics, protocol, {}, detail, _dumped(config))
+
+
+def _scores(found: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics and details of what lm-eval found."""
     metrics: dict[str, Any] = {}
     detail: dict[str, Any] = {"stderr": {}, "predictions": {}, "items": {}}
     for name, scores in sorted(found["results"].items()):
         for key, value in scores.items():
             metric, _, _ = key.partition(",")
-            if isinstance(value, (int, float)) and metric in ("acc", "acc_norm", "perplexity"):
+            if isinstance(value, (int, float)) and metric != "alias" and not metric.endswith("_stderr"):
                 metrics[f"{name}.{metric}"] = value
-                if metric != "perplexity":
-                    detail["stderr"][f"{name}.{metric}"] = _spread(value, len(found["samples"][name]))
-        detail["predictions"][name] = [_choice(sample) for sample in found["samples"][name]]
-        detail["items"][name] = len(found["samples"][name])
-    accuracies = [value for key, value in metrics.items() if key.endswith(".acc")]
-    metrics["mean_acc"] = sum(accuracies) / len(accuracies)
-    where = f"local files of {task.local}" if task.local else "hub"
-    protocol = {
-        "tasks": where, "items": detail["items"], "fewshot": task.fewshot, "batch_size": task.batch_size,
-        "lm_eval": lm_eval.__version__, "bos": _starts_with_bos(opened.tokenizer), **_described(context, config),
-    }  # fmt: skip
-    return Measured(metrics, protocol, {}, detail, _dumped(config))
+        items = found["samples"].get(name)  # a group of tasks has none of its own
+        if items is None:
+            continue
+        detail["items"][name] = len(items)
+        for metric in ("acc", "acc_norm"):
+            if f"{name}.{metric}" in metrics:
+                detail["stderr"][f"{name}.{metric}"] = _spread(metrics[f"{name}.{metric}"], len(items))
+        choices = [_choice(sample) for sample in items]
+        if None not in choices:
+            detail["predictions"][name] = choices
+    accuracies = [metrics[f"{name}.acc"] for name in detail["items"] if f"{name}.acc" in metrics]
+    if accuracies:
+        metrics["mean_acc"] = sum(accuracies) / len(accuracies)
+    return metrics, detail
 
 
-def _choice(sample: dict[str, Any]) -> int:
-    """What the model chose; of a single continuation, whether it would have written it."""
+def _choice(sample: dict[str, Any]) -> int | None:
+    """What the model chose; of a single continuation, whether it would have written it; None of what it generated."""
     answers = sample["filtered_resps"]
+    if not all(isinstance(answer, (list, tuple)) and len(answer) == 2 for answer in answers):
+        return None
     if len(answers) == 1:
         return int(answers[0][1])
     return max(range(len(answers)), key=lambda index: float(answers[index][0]))
@@ -341,7 +385,7 @@ def _accuracy(context: Context, task: Accuracy) -> Measured:
     metrics = {"top1": mine["top1"], "top5": mine["top5"]}
     timing = {"ms_per_image_dense": found["dense"]["ms_per_image"]}
     detail: dict[str, Any] = {}
-    protocol = {**_described(context, config), **found["protocol"], "framework": cell.framework}
+    protocol = {**found["protocol"], **_described(context, config, model), "framework": cell.framework}
     if config is not None:
         metrics |= {"top1_dense": found["dense"]["top1"], "agreement": mine["agreement"]}
         metrics |= {"steps_to_result": mine["steps_to_result"], **_figures(found, "image")}
@@ -350,7 +394,8 @@ def _accuracy(context: Context, task: Accuracy) -> Measured:
         protocol |= {"energy": found["energy"]["assumptions"]} if "energy" in found else {}
         if task.diagnose and cell.framework == "torch":
             images = vision().images(path, model, task.diagnose)
-            detail["sites"] = [dataclasses.asdict(each) for each in spikeplug.diagnose(model, images.batches(4))]
+            batches = (batch.to(cell.device) for batch in images.batches(4))
+            detail["sites"] = [dataclasses.asdict(each) for each in spikeplug.diagnose(model, batches)]
             protocol["diagnosed"] = f"{task.diagnose} images"
     return Measured(metrics, protocol, timing, detail, _dumped(config))
 
@@ -430,6 +475,7 @@ def _batches(context: Context, task: Throughput | Energy, opened: Any) -> tuple[
 
 def _model(context: Context, task: Throughput | Energy, config: ConversionConfig | None) -> tuple[Any, Any]:
     """The network, and what `_batches` needs to know of it."""
+    _Kept.key, _Kept.value = "", None  # it would only take memory
     if task.text is not None:
         opened = _open_text(context, config)
         return opened.model, opened
@@ -458,7 +504,7 @@ def _throughput(context: Context, task: Throughput) -> Measured:
         timing["time_ratio"] = best["spiking"] / best["dense"]
     protocol = {
         "inputs": what, "batch_size": task.batch_size, "timed": f"fastest of {task.repeats}, in turn, in one process",
-        "threads": torch.get_num_threads(), **_described(context, config),
+        "threads": torch.get_num_threads(), **_described(context, config, dense),
     }  # fmt: skip
     return Measured({}, protocol, timing, {}, _dumped(config))
 
@@ -484,10 +530,11 @@ def _energy(context: Context, task: Energy) -> Measured:
         raise OptionError("the task 'energy' compares a converted network with its dense one: give a recipe")
     model, known = _model(context, task, config)
     batches, what = _batches(context, task, known)
-    found = spikeplug.energy(model, batches, task.costs)
+    costs = str(locate(task.costs, context.data)) if task.costs.endswith(".json") else task.costs
+    found = spikeplug.energy(model, [batch.to(context.cell.device) for batch in batches], costs)
     summary = found.summary()
     unit = "token" if task.text else "image"
-    protocol = {"inputs": what, "assumptions": found.assumptions, **_described(context, config)}
+    protocol = {"inputs": what, "assumptions": found.assumptions, **_described(context, config, model)}
     detail = {"ops": [dataclasses.asdict(op) for op in found.ops]}
     counts = {key: summary[key] for key in ("dense_macs", "macs", "acs", "updates")}
     return Measured({**counts, **_figures({"energy": summary}, unit)}, protocol, {}, detail, _dumped(config))

@@ -251,7 +251,9 @@ def _charged(op: Op, fired: Mapping[str, SpikeCount], layer: nn.Module | None, u
         accumulates = float((counts[0].places.cpu().double() * synapses).sum()) / units
         return OpEnergy(op.name, op.role, macs, 0.0, accumulates)
     rate = sum(count.spikes for count in counts) / sum(count.neurons for count in counts)
-    return OpEnergy(op.name, op.role, macs, 0.0, macs * rate, exact=not hasattr(layer, "kernel_size"))
+    return OpEnergy(
+        op.name, op.role, macs, 0.0, macs * rate, exact=len(counts) == 1 and not hasattr(layer, "kernel_size")
+    )
 
 
 def _synapses(layer: Any, places: Tensor | None, macs: float) -> Tensor | None:
