@@ -133,7 +133,9 @@ class Ray(Engine):
         ray = _package("ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
+            # Without an address Ray would look for the last cluster of this machine, and wait for one that is gone.
+            started = {"address": self.address} if self.address else {"address": "local", "include_dashboard": False}
+            ray.init(**started, log_to_driver=False)
         remote = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=self.retries)(run_cell)
         left, running = list(specs), dict[Any, str]()
         jobs = self.jobs if self.jobs > 1 else len(left)
