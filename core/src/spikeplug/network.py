@@ -71,7 +71,8 @@ class SpikingGraph(nn.Module):
         # Who watches sees the batch whole.
         if self.flow is not None and not self.flow.dense and self.flow.watch is None and len(x) > 1:
             size = max(1, MICRO_BATCH // (self.flow.steps * max(1, x[0].numel())))
-            return torch.cat([self.program(part) for part in torch.split(x, size)])
+            # Even parts: a small rest would cost as much a layer as a whole one.
+            return torch.cat([self.program(part) for part in torch.tensor_split(x, -(-len(x) // size))])
         result: Tensor = self.program(x)
         return result
 
