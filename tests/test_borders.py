@@ -22,7 +22,8 @@ ALLOWED = {
     "plugin": {"spikeplug", "torch", "safetensors", "typer"},
     "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
     | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib", "torchao"}
-    | {"torchvision", "timm", "PIL", "spikingjelly", "snntorch"},
+    | {"torchvision", "timm", "PIL", "spikingjelly", "snntorch", "spikeplug_lava_runtime", "numpy", "nir", "h5py"},
+    "runtime": {"numpy", "safetensors", "scipy", "lava", "sanafe"},
     "bench": {"spikeplug", "torch", "numpy", "safetensors", "typer", "rich", "pydantic", "yaml", "jinja2", "matplotlib"}
     | {"lm_eval", "ray", "submitit", "accelerate", "PIL"},
 }
@@ -43,7 +44,7 @@ def _imports(file: Path) -> set[str]:
 def test_imports_stay_within_the_borders(package):
     import sys
 
-    kinds = {"spikeplug": "spikeplug", "spikeplug_bench": "bench"}
+    kinds = {"spikeplug": "spikeplug", "spikeplug_bench": "bench", "spikeplug_lava_runtime": "runtime"}
     kind = "plugin" if package.startswith("spike_plugin_") else kinds.get(package, "integration")
     for file in SOURCES[package]:
         foreign = _imports(file) - set(sys.stdlib_module_names) - {package} - ALLOWED[kind]

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
     from spikeplug.observed import load_observed, save_observed
-    from spikeplug.plugins import get_approximator, get_encoder, get_neuron, get_pass, get_recipe, get_trainer
+    from spikeplug.plugins import (
+        get_approximator,
+        get_encoder,
+        get_exporter,
+        get_neuron,
+        get_pass,
+        get_recipe,
+        get_trainer,
+    )
     from spikeplug.stats import ActivationStats
     from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
@@ -35,7 +43,9 @@ _HOME = {
     "costs": ("CostModel", "EnergyReport", "energy"),
     "errors": ("SpikeplugError",),
     "observed": ("load_observed", "save_observed"),
-    "plugins": ("get_approximator", "get_encoder", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
+    "plugins": (
+        *("get_approximator", "get_encoder", "get_exporter", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
+    ),
     "coverage": ("ConversionReport",),
     "stats": ("ActivationStats",),
     "types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
@@ -64,6 +74,7 @@ __all__ = [
     "fit",
     "get_approximator",
     "get_encoder",
+    "get_exporter",
     "get_neuron",
     "get_pass",
     "get_recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -373,6 +374,53 @@ def train_command(
         head, tail = losses[: max(1, len(losses) // 10)], losses[-max(1, len(losses) // 10) :]
         typer.echo(f"loss {sum(head) / len(head):.4f} (first tenth) -> {sum(tail) / len(tail):.4f} (last tenth)")
         typer.echo(f"wrote {out}")
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="A folder that `spikeplug convert` wrote.")],
+    to: Annotated[str, typer.Option(help="Name of an exporter: `spikeplug ls exporters`.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Images that ranges and accuracy are measured on: as of `spikeplug eval`.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Use only so many images.")] = 256,
+    setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the exporter.")] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a converted image network in another tool's format, and say what that changed."""
+    built = registry.get_exporter(to, **settings(setting))
+    if out.is_dir() or (out.exists() and not force):
+        raise OptionError(f"{out} {'is a folder' if out.is_dir() else 'exists'}: choose another file, or --force")
+    if count < 1:
+        raise OptionError(f"--count {count}: at least 1 is needed")
+    opened = vision().open(model)
+    samples: list[Any] = []
+    if images is not None:
+        found = vision().images(images, opened, count)
+        batches = list(found.batches())
+        of_all = iter(found.labels or [])
+        samples = [(x, list(itertools.islice(of_all, len(x))) or None) for x in batches]
+    with progress() as watch:
+        report = built.export(opened, out, samples, watch=watch)
+    if as_json:
+        print_json({"out": str(out), "exporter": str(built), **report})
+        return
+    for title, rows in report.items():
+        if isinstance(rows, list) and rows:
+            print_table(
+                [each.replace("_", " ") for each in rows[0]], [[_short(each) for each in row.values()] for row in rows]
+            )
+        elif isinstance(rows, dict):
+            typer.echo(f"{title:<10} " + ", ".join(f"{key} {_short(value)}" for key, value in rows.items()))
+        elif rows is not None:
+            typer.echo(f"{title:<10} {rows}")
+    typer.echo(f"wrote {out}")
+
+
+def _short(value: object) -> str:
+    return "-" if value is None else f"{value:.2%}" if isinstance(value, float) else str(value)
 
 
 def settings(pairs: Sequence[str]) -> dict[str, Any]:

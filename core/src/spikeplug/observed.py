@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from spikeplug.config import config_of
 from spikeplug.errors import BundleError, CalibrationError
+from spikeplug.files import draft_of
 from spikeplug.site import Coder
 from spikeplug.stats import ActivationStats
 
@@ -49,18 +49,11 @@ def save_observed(
     counts = {site: stats.count for site, stats in observed.items()}
     metadata = {KEY: json.dumps({"format": FORMAT, **_identity(model, batches), "counts": counts})}
     target = Path(os.path.abspath(path))
-    draft: str | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-        os.close(handle)
-        safetensors.torch.save_file(tensors, draft, metadata)
-        os.replace(draft, target)
+        with draft_of(target) as draft:
+            safetensors.torch.save_file(tensors, draft, metadata)
     except (OSError, SafetensorError) as error:
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        if draft is not None:
-            Path(draft).unlink(missing_ok=True)
 
 
 def load_observed(

@@ -64,6 +64,8 @@ FIRST_PARTY = {
     ("approximator", "ttfs-kernels"): "spike-plugin-ttfs",
     **{("recipe", name): "spike-plugin-ttfs" for name in ("ttfs", "qc-a2s", "ttfs-continuous")},
     ("command", "explain"): "spike-plugin-ttfs",
+    ("exporter", "lava"): "spikeplug-lava",
+    ("exporter", "nir"): "spikeplug-lava",
     ("architecture", "transformers"): "spikeplug-transformers",
     ("pass", "rotate"): "spikeplug-transformers",
     ("pass", "prefix"): "spikeplug-transformers",
@@ -273,6 +275,11 @@ def get_pass(name: str, **options: Any) -> Any:
 def get_trainer(name: str, **options: Any) -> Any:
     """A built trainer: `get_trainer("ste", steps=100)`. Raises as `get_encoder`."""
     return _instance("trainer", name, options)
+
+
+def get_exporter(name: str, **options: Any) -> Any:
+    """A built exporter: `get_exporter("lava", golden=8)`. Raises as `get_encoder`."""
+    return _instance("exporter", name, options)
 
 
 def get_recipe(name: str) -> Any:

@@ -268,12 +268,23 @@ class Trainer(Protocol):
 
 @runtime_checkable
 class Exporter(Protocol):
-    """Writes a converted model in another tool's format."""
+    """Writes a converted model in another tool's format. A frozen dataclass of options."""
 
     name: ClassVar[str]
 
-    def export(self, model: torch.nn.Module, path: str, **options: Any) -> None:
-        """Write the file or folder."""
+    def export(
+        self, model: torch.nn.Module, path: Any, samples: Sequence[Any] = (), *, watch: Any = ...
+    ) -> dict[str, Any]:
+        """Write a file, whole or not at all, and return a report that JSON can hold.
+
+        Args:
+            samples: batches of inputs, or pairs of inputs and labels: what ranges and accuracy are measured on.
+            watch: a `spikeplug.architecture.Watch`.
+
+        Raises:
+            ConversionError: a part of the model has no form in that format; the message names it.
+            BundleError: the file cannot be written.
+        """
 
 
 @runtime_checkable

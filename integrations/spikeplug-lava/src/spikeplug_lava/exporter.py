@@ -1,0 +1,226 @@
+"""Exporter `lava`: a converted network as an integer network, with what that changed measured on samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import spikeplug
+from spikeplug.architecture import Watch, unwatched
+from spikeplug.config import config_of
+from spikeplug.errors import BundleError, ConversionError, OptionError
+from spikeplug.flow import FlowSite
+from spikeplug.network import SpikingGraph, watching
+from spikeplug.site import Site
+from spikeplug_lava_runtime import Bundle, FormatError, save
+from spikeplug_lava_runtime.bundle import SPEC
+
+from .integer import IntegerNetwork
+from .lower import lower
+from .quantize import Layer, Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Lava:
+    """Integer network for Loihi 2, one file: int8 weights, 24-bit states, graph, arithmetic and golden spikes.
+
+    Args:
+        golden: samples whose spikes are stored in the file, for `spikeplug-lava verify`.
+        fitted: samples that ranges of states are measured on; the others only measure accuracy.
+        fraction: bits of a ternary neuron's state behind the unit of its weights; None: up to 8, as many as fit.
+
+    Raises:
+        OptionError: an option is out of range.
+    """
+
+    golden: int = 4
+    fitted: int = 64
+    fraction: int | None = None
+
+    name: ClassVar[str] = "lava"
+
+    def __post_init__(self) -> None:
+        for option, least in (("golden", 0), ("fitted", 1)):
+            if getattr(self, option) < least:
+                raise OptionError(f"{option}={getattr(self, option)}: at least {least} is needed")
+        if self.fraction is not None and not 0 <= self.fraction <= 16:
+            raise OptionError(f"fraction={self.fraction}: a whole number from 0 to 16 is needed")
+
+    def export(
+        self, model: nn.Module, path: str | Path, samples: Sequence[Any] = (), *, watch: Watch = unwatched
+    ) -> dict[str, Any]:
+        """Write the file and return the report: see `report_of`.
+
+        Args:
+            samples: batches of inputs `[B, ...]`, or pairs of inputs and labels `[B]`.
+
+        Raises:
+            ConversionError: a part of the network has no integer form, or does not fit; the message names it.
+            OptionError: there are no samples.
+            BundleError: the file cannot be written.
+        """
+        network, report = self.measured(model, samples, watch)
+        bundle = network.bundle
+        if self.golden:
+            first = _first([x for x, _ in _pairs(samples)], self.golden)
+            fired, readout = network.fire(network.encode(first))
+            recorded = {**fired, bundle.populations[-1]["name"]: readout.to(torch.int32)}
+            bundle.tensors |= {f"golden.{name}": each.numpy() for name, each in recorded.items()}
+        try:
+            save(bundle, path)
+        except FormatError as error:
+            raise ConversionError(f"cannot be exported: {error}") from error
+        except OSError as error:
+            raise BundleError(f"cannot write {path}: {error.strerror or error}") from error
+        return report
+
+    def measured(
+        self, model: nn.Module, samples: Sequence[Any], watch: Watch = unwatched
+    ) -> tuple[IntegerNetwork, dict[str, Any]]:
+        """The integer network, not written yet, and the report. Raises as `export`."""
+        batches = _pairs(samples)
+        if not batches:
+            raise OptionError(
+                "ranges of states are measured on samples: give some, on the command line --images FOLDER"
+            )
+        network, layers = self.quantize(model, [x for x, _ in batches], watch)
+        return network, report_of(model, network, layers, batches, watch)
+
+    def quantize(
+        self, model: nn.Module, batches: Sequence[Tensor], watch: Watch = unwatched
+    ) -> tuple[IntegerNetwork, list[Layer]]:
+        """The integer network, not written yet, and what became of every population. Raises as `export`."""
+        config = config_of(model)
+        samples = _first(batches, self.fitted)
+        head = {
+            "spec": SPEC,
+            "producer": {"spikeplug": spikeplug.__version__},
+            "network": model.dense_name if isinstance(model, SpikingGraph) else type(model).__name__,
+            "recipe": config.recipe,
+        }
+        with torch.no_grad():
+            quantizer = Quantizer(lower(model, samples), head, self.fraction)
+            bundle = quantizer.run(samples, watch)
+        return IntegerNetwork(bundle), quantizer.layers
+
+
+def _pairs(samples: Sequence[Any]) -> list[tuple[Tensor, Any]]:
+    return [(each[0], each[1]) if isinstance(each, (tuple, list)) else (each, None) for each in samples]
+
+
+def _first(batches: Sequence[Tensor], count: int) -> Tensor:
+    found, left = [], count
+    for batch in batches:
+        if left > 0:
+            found.append(batch[:left])
+            left -= len(found[-1])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def report_of(
+    model: Any, network: IntegerNetwork, layers: Sequence[Layer], batches: Sequence[Any], watch: Watch = unwatched
+) -> dict[str, Any]:
+    """The integer network beside the converted one and the dense one, on the same samples.
+
+    Returns:
+        `layers`: rows of `Layer`, with the share of spikes that differ from the converted network's, and of windows
+        with another value; None where that one has no such neurons. `accuracy` of the three where there are labels,
+        `agreement` of predictions, `samples`.
+    """
+    seen: dict[str, list[int]] = {}
+    right = {"dense": 0, "converted": 0, "integer": 0}
+    same = {"converted with dense": 0, "integer with dense": 0, "integer with converted": 0}
+    count, labelled = 0, True
+    for index, (x, labels) in enumerate(batches):
+        watch("measuring", index, len(batches))
+        with model.observing():
+            dense = model(x).flatten(1).argmax(1)
+        converted, theirs = _watched(model, x)
+        fired, readout = network.fire(network.encode(x))
+        integer = network.logits(readout).flatten(1).argmax(1)
+        for name, spikes in theirs.items():
+            ours = fired.get(name)
+            if ours is not None and ours.shape == spikes.shape:
+                row = seen.setdefault(name, [0, 0, 0, 0])
+                differ = ours != spikes
+                row[0] += int(differ.sum())
+                row[1] += differ.numel()
+                row[2] += int(_differing(ours, spikes, network.bundle).sum())
+                row[3] += spikes[0].numel()
+        predictions = {"dense": dense, "converted": converted.flatten(1).argmax(1), "integer": integer}
+        for pair in same:
+            one, other = pair.split(" with ")
+            same[pair] += int((predictions[one] == predictions[other]).sum())
+        labelled = labelled and labels is not None
+        if labelled:
+            for name, each in predictions.items():
+                right[name] += int((each == torch.as_tensor(labels)).sum())
+        count += len(x)
+    rows = []
+    for layer in layers:
+        other_spikes, places, other_values, windows = seen.get(layer.name, [0, 0, 0, 0])
+        compared = places > 0
+        differing = (
+            {"spikes_differ": other_spikes / places, "values_differ": other_values / windows} if compared else {}
+        )
+        rows.append({**dataclasses.asdict(layer), "spikes_differ": None, "values_differ": None, **differing})
+    return {
+        "samples": count,
+        "layers": rows,
+        "agreement": {pair: each / count for pair, each in same.items()},
+        "accuracy": {name: each / count for name, each in right.items()} if labelled else None,
+    }
+
+
+def _differing(one: Tensor, other: Tensor, bundle: Bundle) -> Tensor:
+    """Windows of two trains `[T, ...]` that stand for different values; of a rate only the number of spikes counts."""
+    if bundle.code == "rate":
+        return one.sum(0) != other.sum(0)
+    return (one != other).any(0)
+
+
+def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Result and spikes int8 `[T, B, ...]` of the converted network, by the name of the population."""
+    found: dict[str, Tensor] = {}
+    if model.flow is not None:
+
+        def look(site: FlowSite, currents: Tensor, spikes: Tensor) -> None:
+            found[site.name] = spikes.to(torch.int8)
+
+        with watching(model, look):
+            return model(x), found
+
+    def coded(site: Site, args: tuple[Tensor, ...]) -> None:
+        p = site.params(args[0])
+        found[names.get(site.name, site.name)] = site.encoder.encode(args[0], p).to(torch.int8)
+
+    names = _population_names(model)
+    hooks = [module.register_forward_pre_hook(coded) for module in model.modules() if isinstance(module, Site)]
+    try:
+        return model(x), found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _population_names(model: SpikingGraph) -> Mapping[str, str]:
+    """Name of a site -> name of the population that fires its spikes: the path of the activation that it codes."""
+    found: dict[str, str] = {}
+    for node, (_, _, target) in zip(model.program.graph.nodes, model.ops, strict=True):
+        source = getattr(model.get_submodule(target), "source", None) if target else None
+        if isinstance(source, Site):
+            found.setdefault(source.name, node.args[0].name)
+    paths = {
+        node.name: (path, kind.kind) for node, (path, kind, _) in zip(model.program.graph.nodes, model.ops, strict=True)
+    }
+    named = {}
+    for site, node in found.items():
+        path, kind = paths[node]
+        named[site] = "image" if kind == "input" else path if kind == "activation" else site
+    return named

@@ -1,0 +1,406 @@
+"""From populations to integers: weights, thresholds and fraction bits that fit a chip, and a report of what that took.
+
+A neuron's state is counted in a unit of its own. It is the smallest in which its weights fit 8 bits, made larger where
+its states, measured on samples, would not fit 24; and such that its threshold is a whole number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikeplug.architecture import Watch, unwatched
+from spikeplug.errors import ConversionError
+from spikeplug_lava_runtime.bundle import CODES, STATE_LIMIT, WEIGHT_LIMIT, Bundle
+
+from .integer import IntegerNetwork, TernaryScan
+from .lower import Edge, Population
+
+MARGIN = 1.25
+"""How many times the states seen on samples fit."""
+
+FEWEST = 16
+"""Magnitude that the largest weight of a population has at the least; below it 24 bits of state are too few."""
+
+FEW = 0.1
+"""Share of a population's channels whose weights may have fewer bits rather than all states fewer fraction bits."""
+
+MOST_FRACTION = 8
+BETAS = {1.5: "3/2", 2.0: "2"}
+PAYLOAD_BITS = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What became of one population, for the report.
+
+    Attributes:
+        weight_bits: of the largest weight of the neuron that has the fewest, with its sign, and of the median one.
+        state_bits: that the samples needed, of 24.
+        fraction: bits of the state behind the weights' unit.
+        narrowed: share of neurons or channels whose weights have fewer bits than 8 so that their state fits.
+        refitted: whether its code was fitted anew, since the converted network decodes in that place.
+    """
+
+    name: str
+    neuron: str
+    neurons: int
+    weight_bits: int
+    state_bits: int
+    fraction: int
+    narrowed: float
+    refitted: bool = False
+
+
+class Quantizer:
+    """Makes a bundle of populations, one after the other, on the spikes of samples.
+
+    Args:
+        populations: in order.
+        fraction: bits of TSA's state behind the weights' unit; None: as many as fit, up to 8.
+
+    Raises:
+        ConversionError: a code, a neuron or an option of theirs has no integer form; or a state does not fit.
+    """
+
+    def __init__(self, populations: list[Population], head: Mapping[str, Any], fraction: int | None = None) -> None:
+        self.populations, self.wanted = populations, fraction
+        first = populations[0]
+        assert first.encoder is not None
+        self.encoder = first.encoder
+        self.code = self.encoder.name
+        self.steps = self.encoder.steps
+        for population in populations:
+            check_code(population)
+        self.graph: dict[str, Any] = {**head, "code": self.code, "steps": self.steps, "populations": []}
+        self.tensors: dict[str, Tensor] = {}
+        self.layers: list[Layer] = []
+        if self.code == "css":
+            neuron = next(each.neuron for each in populations if each.neuron is not None)
+            self.graph |= {"beta": BETAS[neuron.beta], "silent": neuron.silent}  # type: ignore[attr-defined]
+        self.payload = 2 ** min(PAYLOAD_BITS, self.steps)
+
+    def run(self, samples: Tensor, watch: Watch = unwatched) -> Bundle:
+        """The bundle, fitted to samples `[B, ...]`."""
+        self._input()
+        network = self._network()
+        fired = {self.populations[0].name: network.encode(samples)}
+        for index, population in enumerate(self.populations[1:], start=1):
+            watch("integers", index, len(self.populations))
+            try:
+                spikes = self._add(population, fired)
+            except ConversionError as error:
+                raise ConversionError(f"'{population.name}': {error}") from None
+            if spikes is not None:
+                fired[population.name] = spikes
+        return self._network().bundle
+
+    def _head(self, population: Population) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "name": population.name, "kind": population.kind, "shape": list(population.shape), "edges": []
+        }  # fmt: skip
+        if self.code == "phase" and population.params is not None:
+            weights = self.encoder.weights(population.params)
+            found["payload"] = torch.round(weights * self.payload).to(torch.int64).tolist()
+        return found
+
+    def _network(self) -> IntegerNetwork:
+        return IntegerNetwork(Bundle(self.graph, {name: each.numpy() for name, each in self.tensors.items()}))
+
+    def _input(self) -> None:
+        first = self.populations[0]
+        assert first.params is not None
+        options = {field.name: getattr(self.encoder, field.name) for field in dataclasses.fields(self.encoder)}  # type: ignore[arg-type]
+        params = first.params.tensors()
+        self.graph["input"] = {"encoder": self.code, "options": options, "params": sorted(params)}
+        self.tensors |= {f"input.{name}": each.detach().cpu() for name, each in params.items()}
+        self.graph["populations"].append(self._head(first))
+
+    def _add(self, population: Population, fired: Mapping[str, Tensor]) -> Tensor | None:
+        """Quantize one population, and give its spikes; None of the readout."""
+        described = self._head(population)
+        weights = [self._real(edge) for edge in population.value.edges]
+        if not weights:
+            raise ConversionError("it receives no spikes")
+        channels = population.shape[0]
+        largest = torch.stack([_by_channel(each, channels) for each in weights]).amax(0)
+        # What is behind the weights may mix channels: they then share a unit.
+        shared = any(edge.behind for edge in population.value.edges)
+        largest = largest.max().expand(channels) if shared else largest
+        # A neuron that nothing reaches has a unit all the same: that of its neighbours.
+        unit = torch.where(largest > 0, largest, largest.max().clamp(min=1e-30)) / WEIGHT_LIMIT
+        rules: Any = _Ternary(self, population) if self.code == "css" else _Windows(self, population)
+        wider: Tensor | None = unit
+        while wider is not None:  # once more, with a larger unit, where a state does not fit
+            described |= rules.parameters(wider)
+            described["edges"] = self._edges(population, weights, rules.unit)
+            spikes, peaks = rules.fire(self._network(), described, fired)
+            wider = rules.widened(peaks) if wider is unit else None
+            wider = wider.max().expand(channels) if shared and wider is not None else wider
+        peak = int(peaks.max())
+        names = [op["weight"] for edge in described["edges"] for op in edge["ops"] if "weight" in op]
+        integers = [self.tensors[name].to(torch.int64) for name in names]
+        per_channel = torch.stack([_by_channel(each, channels) for each in integers]).amax(0)
+        kept = int(per_channel.max())
+        if kept < FEWEST or peak > STATE_LIMIT:
+            needed = _bits(peak * max(1.0, WEIGHT_LIMIT / max(1, kept)))
+            raise ConversionError(
+                f"its state needs {needed} bits with 8-bit weights, 24 are there: fewer steps, or a smaller beta"
+            )
+        self.graph["populations"].append(described)
+        self.layers.append(
+            Layer(
+                population.name,
+                rules.title,
+                int(torch.tensor(population.shape).prod()),
+                _bits(float(per_channel.double().median())),
+                _bits(peak),
+                int(described.get("fraction", 0)),
+                float((rules.unit > unit * 1.02).double().mean()),
+                population.refitted,
+            )
+        )
+        return spikes
+
+    def _real(self, edge: Edge) -> Tensor:
+        """Weights of an edge in the units of what it feeds, for a source that fires whole numbers."""
+        weight = edge.weight if edge.weight is not None else torch.full((1,), edge.factor, dtype=torch.float64)
+        weight = weight.double().cpu()
+        if self.code == "css":
+            return weight
+        assert edge.source.params is not None
+        scale = float(edge.source.params.scale)
+        return weight * (scale / self.payload if self.code == "phase" else scale)
+
+    def _edges(self, population: Population, weights: list[Tensor], unit: Tensor) -> list[dict[str, Any]]:
+        edges = []
+        for index, (edge, weight) in enumerate(zip(population.value.edges, weights, strict=True)):
+            name = f"{population.name}.{index}"
+            shared = unit[:1] if edge.behind else unit
+            scaled = weight / shared.reshape(-1, *[1] * (weight.ndim - 1))
+            self.tensors[f"{name}.weight"] = scaled.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
+            ops = [*edge.ops, {"op": "scale", **(edge.op or {}), "weight": f"{name}.weight"}, *edge.behind]
+            for place, op in enumerate(ops):
+                if op["op"] == "gather":
+                    self.tensors[f"{name}.index{place}"] = op["index"]
+                    ops[place] = {**op, "index": f"{name}.index{place}"}
+            edges.append({"from": edge.source.name, "ops": ops})
+        return edges
+
+    def put(self, population: Population, key: str, value: Tensor, like: Tensor | None = None) -> str:
+        """Store whole numbers of a population, and give their name; per channel ones broadcast against its shape."""
+        name = f"{population.name}.{key}"
+        if float(value.abs().max()) > STATE_LIMIT:
+            raise ConversionError(f"its {key} needs {_bits(float(value.abs().max()))} bits, 24 are there")
+        self.tensors[name] = value.round().to(torch.int32).contiguous()
+        return name
+
+
+class _Ternary:
+    """TSA and TSA-ReLU."""
+
+    def __init__(self, quantizer: Quantizer, population: Population) -> None:
+        self.q, self.population = quantizer, population
+        self.neuron: Any = population.neuron  # of a readout none
+        self.beta = 2.0 if quantizer.graph["beta"] == "2" else 1.5
+        self.rectify = self.neuron is not None and self.neuron.name == "tsa-relu"
+        self.readout = population.kind == "readout"
+        self.title = "readout" if self.readout else self.neuron.name
+        self.fraction = MOST_FRACTION if quantizer.wanted is None else quantizer.wanted
+        self.fewest = self.fraction if quantizer.wanted is not None else 4 if self.beta == 1.5 else 1
+        self.unit = torch.ones(())
+
+    def _shaped(self, each: Tensor) -> Tensor:
+        return each.reshape(-1, *[1] * (len(self.population.shape) - 1))
+
+    def parameters(self, unit: Tensor) -> dict[str, Any]:
+        """Store the parameters for a unit of the weights `[C]`."""
+        amplitude = self.beta ** self.q.graph["silent"]
+        # What all of its spikes together are worth must fit, whatever comes in; a readout fires none.
+        total = 0.0 if self.readout else amplitude * sum(self.beta**t for t in range(self.q.steps))
+        self._lower(total / unit * 2.0**self.fraction)
+        unit = unit.clamp(min=total * 2.0**self.fraction * MARGIN / STATE_LIMIT)
+        found: dict[str, Any] = {"fraction": self.fraction, "bias": None}
+        one = 2.0**self.fraction
+        if self.readout:
+            self.unit = unit
+            found["scale"] = f"{self.population.name}.scale"
+            self.q.tensors[found["scale"]] = self._shaped(unit / one).to(torch.float32)
+        else:
+            # Half of an amplitude is a whole number of states, so that no threshold is rounded.
+            half = torch.floor(amplitude * one / 2 / unit).clamp(min=1)
+            self.unit = amplitude * one / 2 / half
+            found["threshold"] = self.q.put(self.population, "threshold", self._shaped(half))
+            found |= {"rectify": self.rectify, "negative": self.neuron.negative, "ceiling": None}
+            top = getattr(self.neuron, "top", float("inf"))
+            if top < float("inf"):
+                growth = self.beta ** torch.arange(1 - self.q.steps, self.q.graph["silent"] + 1, dtype=torch.float64)
+                limits = top * growth.reshape(-1, *[1] * len(self.population.shape)) * one / self._shaped(self.unit)
+                found["ceiling"] = self.q.put(self.population, "ceiling", limits)
+        if self.population.value.bias is not None:
+            bias = self.population.value.bias.double() * one / self._shaped(self.unit)
+            found["bias"] = self.q.put(self.population, "bias", bias)
+        return found
+
+    def fire(
+        self, network: IntegerNetwork, described: Mapping[str, Any], fired: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Spikes, none of the readout, and the largest magnitude of a state by channel `[C]`."""
+        z = network.currents(described, fired)
+        scan = _Peaks(network, described, z[0])
+        if not self.readout:
+            spikes = torch.stack(list(scan.run(z, watched=True)))
+            return spikes, scan.by_channel
+        for current in z:
+            scan.receive(current)
+            scan.keep(scan.h)
+        return None, scan.by_channel
+
+    def widened(self, peak: Tensor) -> Tensor | None:
+        """The unit with which states of that size fit; fraction bits are given up first. None: they fit."""
+        over = peak.double() * MARGIN / STATE_LIMIT
+        if bool((over <= 1).all()):
+            return None
+        over = over * 2.0 ** -self._lower(peak.double())
+        return self.unit * over.clamp(min=1)
+
+    def _lower(self, states: Tensor) -> int:
+        """Give up fraction bits while states `[C]` do not fit in more than a few channels; how many were."""
+        lowered = 0
+        while self.fraction > self.fewest and float((states * MARGIN > STATE_LIMIT).double().mean()) > FEW:
+            self.fraction, states, lowered = self.fraction - 1, states / 2, lowered + 1
+        return lowered
+
+
+class _Peaks(TernaryScan):
+    """Keeps the largest magnitude by channel."""
+
+    by_channel: Tensor = torch.zeros(())
+
+    def keep(self, *states: Tensor) -> None:
+        for state in states:
+            found = state.abs().transpose(0, 1).flatten(1).amax(1)
+            self.by_channel = torch.maximum(self.by_channel.to(found), found)
+
+
+class _Windows:
+    """BSE, phase, TTFS and rate: a window is taken in, then another is emitted."""
+
+    def __init__(self, quantizer: Quantizer, population: Population) -> None:
+        self.q, self.population = quantizer, population
+        self.readout = population.kind == "readout"
+        names = {"bse": "BSE (Horner)", "phase": "phase", "ttfs": "TTFS", "rate": "rate IF"}
+        self.title = "readout" if self.readout else names[quantizer.code]
+        self.unit = torch.ones(())
+
+    def _shaped(self, each: Tensor) -> Tensor:
+        return each.reshape(-1, *[1] * (len(self.population.shape) - 1))
+
+    def parameters(self, unit: Tensor) -> dict[str, Any]:
+        """Store the parameters for a unit of the weights `[C]`."""
+        population, code, steps = self.population, self.q.code, self.q.steps
+        found: dict[str, Any] = {"bias": None}
+        bias = torch.zeros(()) if population.value.bias is None else population.value.bias
+        bias = bias.double()
+        if self.readout:
+            self.unit = unit
+            found["scale"] = f"{population.name}.scale"
+            self.q.tensors[found["scale"]] = self._shaped(unit).to(torch.float32)
+            half = torch.zeros(())
+        else:
+            assert population.params is not None
+            scale, offset = float(population.params.scale), float(population.params.offset)
+            # The emitting potential must fit as well, whatever comes in.
+            most = {"bse": 2.0 ** (steps - 1), "ttfs": steps, "rate": 2 * steps, "phase": 1.0}[code]
+            unit = unit.clamp(min=scale * most / STATE_LIMIT)
+            theta = torch.floor(scale / unit).clamp(min=1)
+            self.unit = scale / theta
+            bias = bias - offset
+            half = self._shaped(theta) / 2
+            if code in ("phase", "rate") or getattr(population.encoder, "rounding", "nearest") == "floor":
+                half = torch.zeros(())
+            if code == "phase":
+                found |= self._tables(theta)
+            else:
+                found["threshold"] = self.q.put(population, "threshold", self._shaped(theta))
+            if code in ("phase", "rate"):
+                found["rectify"] = population.activation is not None
+        total = bias / self._shaped(self.unit) + half
+        if bool((total != 0).any()):
+            found["bias"] = self.q.put(population, "bias", total)
+        return found
+
+    def _tables(self, theta: Tensor) -> dict[str, str]:
+        """Thresholds and resets of every step, `[T, C, ...]`, and what a potential is clipped to `[C, ...]`."""
+        population: Any = self.population
+        one = 2.0**population.encoder.fraction
+        shaped = self._shaped(theta)
+        tables = {"ceiling": self.q.put(population, "ceiling", shaped)}
+        for key in ("threshold", "reset"):
+            table = population.params.extra[key].double().cpu().reshape(-1, *[1] * shaped.ndim) / one * shaped
+            tables[key] = self.q.put(population, key, table.clamp(min=1) if key == "threshold" else table)
+        return tables
+
+    def fire(
+        self, network: IntegerNetwork, described: Mapping[str, Any], fired: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor]:
+        """Spikes, none of the readout, and the largest magnitude of a state by channel `[C]`."""
+        z, code, steps = network.currents(described, fired), self.q.code, self.q.steps
+        a, i, peak = torch.zeros_like(z[0]), torch.zeros_like(z[0]), torch.zeros_like(z[0])
+        for current in z[: steps - 1] if code == "ttfs" else z:
+            if code == "ttfs":
+                i = i + current
+                a = a + i
+                peak = torch.maximum(peak, i.abs())
+            else:
+                a = (a << 1) + current if code == "bse" else a + current
+            peak = torch.maximum(peak, a.abs())
+        v = a + network.parameter(described, "bias")
+        largest = torch.maximum(peak, v.abs()).transpose(0, 1).flatten(1).amax(1)
+        if self.readout:
+            return None, largest
+        # What the emitting potential is compared with, or grows to, whatever comes in.
+        ramp = {"bse": 2 ** (steps - 1), "ttfs": steps - 1, "rate": 2 * steps, "phase": 1}[code]
+        key = "ceiling" if code == "phase" else "threshold"
+        return network.emitted(described, v), torch.maximum(largest, network.parameter(described, key).flatten() * ramp)
+
+    def widened(self, peak: Tensor) -> Tensor | None:
+        """The unit with which states of that size fit. None: they fit."""
+        over = peak.double() * MARGIN / STATE_LIMIT
+        return None if bool((over <= 1).all()) else self.unit * over.clamp(min=1)
+
+
+def check_code(population: Population) -> None:
+    """Refuse, by name, a code or neuron without an integer form. Raises ConversionError."""
+    encoder, neuron, name = population.encoder, population.neuron, population.name
+    if encoder is None:
+        return
+    if encoder.name not in CODES:
+        raise ConversionError(f"'{name}': code '{encoder.name}' has no integer form: one of {', '.join(CODES)} has")
+    if population.params is not None and (not encoder.static or population.params.scale.numel() != 1):
+        raise ConversionError(
+            f"'{name}': {encoder} has several scales in one site: convert it with granularity='tensor'"
+        )
+    for option in ("spikes", "mask"):
+        if getattr(encoder, option, 0):
+            raise ConversionError(f"'{name}': {option}={getattr(encoder, option)} has no integer form, {option}=0 has")
+    if neuron is not None:
+        if neuron.name not in ("tsa", "tsa-relu"):
+            raise ConversionError(f"'{name}': neuron '{neuron.name}' has no integer form: tsa and tsa-relu have")
+        if neuron.beta not in BETAS:  # type: ignore[attr-defined]
+            raise ConversionError(f"'{name}': beta={neuron.beta} is no shift and add: 1.5 and 2 are")  # type: ignore[attr-defined]
+
+
+def _by_channel(weight: Tensor, channels: int) -> Tensor:
+    """Largest magnitude of the weights of every channel `[C]`; of other than C channels, of all."""
+    found = weight.abs().flatten(1).amax(1) if weight.ndim > 1 else weight.abs()
+    return found if len(found) == channels else found.max().expand(channels)
+
+
+def _bits(magnitude: float) -> int:
+    """Bits of a signed whole number of that magnitude."""
+    return int(magnitude).bit_length() + 1
