@@ -31,7 +31,7 @@ test-lava:
 else
 test-lava: $(STAMP) $(LAVA)/installed
 	$(BIN)/python integrations/spikeplug-lava/tests/digits.py $(LAVA)/bundles
-	SPIKEPLUG_BUNDLES=$(LAVA)/bundles $(LAVA)/bin/python -m pytest -q --confcutdir=$(RUNTIME) $(RUNTIME)/tests/lava
+	SPIKEPLUG_BUNDLES=$(LAVA)/bundles $(LAVA)/bin/python -m pytest -q --timeout=300 --confcutdir=$(RUNTIME) $(RUNTIME)/tests/lava
 endif
 
 lint: $(STAMP)

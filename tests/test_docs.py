@@ -22,6 +22,8 @@ DOCUMENTS = [
     "plugins/spike-plugin-css/README.md",
     "integrations/spikeplug-spikingjelly/README.md",
     "integrations/spikeplug-snntorch/README.md",
+    "integrations/spikeplug-lava/README.md",
+    "integrations/spikeplug-lava-runtime/README.md",
 ]
 BIN = Path(sys.executable).parent
 

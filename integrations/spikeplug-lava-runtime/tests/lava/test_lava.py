@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -65,3 +66,16 @@ def test_unary_messages_are_found(path):
     ternary = any((network.golden(each["name"]) < 0).any() for each in network.populations[:-1])
     assert network.code != "css" or ternary
     assert differing(network, message_bits=0) > 0
+
+
+@pytest.mark.parametrize("name", ["mlp-tsa-relu", "cnn-bse"])
+def test_energy_is_that_of_the_events(name, capfd):
+    """SANA-FE's counts are ours, and its synapses cost what they must."""
+    pytest.importorskip("sanafe")
+    path = next(path for path in FILES if path.stem == name)
+    assert main(["energy", str(path), "--samples", "2", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["simulated"] == found["events"]
+    assert found["energy_j"]["synapse"] == pytest.approx(found["events"]["synaptic"] * 33.6e-12)
+    assert "Loihi 1" in found["assumptions"]
+    assert "not Loihi 2" in found["assumptions"]

@@ -138,6 +138,8 @@ class Quantizer:
         while wider is not None:  # once more, with a larger unit, where a state does not fit
             described |= rules.parameters(wider)
             described["edges"] = self._edges(population, weights, rules.unit)
+            peaks: Tensor
+            spikes: Tensor | None
             spikes, peaks = rules.fire(self._network(), described, fired)
             wider = rules.widened(peaks) if wider is unit else None
             wider = wider.max().expand(channels) if shared and wider is not None else wider
@@ -205,11 +207,11 @@ class _Ternary:
 
     def __init__(self, quantizer: Quantizer, population: Population) -> None:
         self.q, self.population = quantizer, population
-        self.neuron: Any = population.neuron  # of a readout none
         self.beta = 2.0 if quantizer.graph["beta"] == "2" else 1.5
-        self.rectify = self.neuron is not None and self.neuron.name == "tsa-relu"
         self.readout = population.kind == "readout"
-        self.title = "readout" if self.readout else self.neuron.name
+        self.title = population.neuron.name if population.neuron is not None else "readout"
+        self.rectify = self.title == "tsa-relu"
+        self.negative = getattr(population.neuron, "negative", True)
         self.fraction = MOST_FRACTION if quantizer.wanted is None else quantizer.wanted
         self.fewest = self.fraction if quantizer.wanted is not None else 4 if self.beta == 1.5 else 1
         self.unit = torch.ones(())
@@ -235,8 +237,8 @@ class _Ternary:
             half = torch.floor(amplitude * one / 2 / unit).clamp(min=1)
             self.unit = amplitude * one / 2 / half
             found["threshold"] = self.q.put(self.population, "threshold", self._shaped(half))
-            found |= {"rectify": self.rectify, "negative": self.neuron.negative, "ceiling": None}
-            top = getattr(self.neuron, "top", float("inf"))
+            found |= {"rectify": self.rectify, "negative": self.negative, "ceiling": None}
+            top = getattr(self.population.neuron, "top", float("inf"))
             if top < float("inf"):
                 growth = self.beta ** torch.arange(1 - self.q.steps, self.q.graph["silent"] + 1, dtype=torch.float64)
                 limits = top * growth.reshape(-1, *[1] * len(self.population.shape)) * one / self._shaped(self.unit)
@@ -266,7 +268,8 @@ class _Ternary:
         if bool((over <= 1).all()):
             return None
         over = over * 2.0 ** -self._lower(peak.double())
-        return self.unit * over.clamp(min=1)
+        wider: Tensor = self.unit * over.clamp(min=1)
+        return wider
 
     def _lower(self, states: Tensor) -> int:
         """Give up fraction bits while states `[C]` do not fit in more than a few channels; how many were."""

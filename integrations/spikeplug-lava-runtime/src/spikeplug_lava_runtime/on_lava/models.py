@@ -21,7 +21,7 @@ Array = Any
 State = LavaPyType(np.ndarray, np.int32, precision=24)
 
 
-class PopulationModel(PyLoihiProcessModel):  # type: ignore[misc]
+class PopulationModel(PyLoihiProcessModel):
     """What all populations share: their place in time, and the largest state."""
 
     a_in: PyInPort = LavaPyType(PyInPort.VEC_DENSE, np.int32, precision=24)
@@ -265,7 +265,7 @@ class FirstSpikesModel(WindowModel):
 @implements(proc=Delay, protocol=LoihiProtocol)
 @requires(CPU)
 @tag("fixed_pt")
-class DelayModel(PyLoihiProcessModel):  # type: ignore[misc]
+class DelayModel(PyLoihiProcessModel):
     """A ring buffer."""
 
     a_in: PyInPort = LavaPyType(PyInPort.VEC_DENSE, np.int32, precision=24)
@@ -283,7 +283,7 @@ class DelayModel(PyLoihiProcessModel):  # type: ignore[misc]
 @implements(proc=Recorder, protocol=LoihiProtocol)
 @requires(CPU)
 @tag("fixed_pt")
-class RecorderModel(PyLoihiProcessModel):  # type: ignore[misc]
+class RecorderModel(PyLoihiProcessModel):
     """Keeps every step, and writes the file in the last."""
 
     a_in: PyInPort = LavaPyType(PyInPort.VEC_DENSE, np.int32, precision=24)
