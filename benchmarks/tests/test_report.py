@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(store, tmp_path, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(BundleError, match=r"cannot write .*r.md: No space left on device"):
         report.write_markdown(chapters(store), path)
     assert [each.name for each in tmp_path.iterdir()] == ["r.md"]

@@ -153,6 +153,18 @@ def test_processes_give_what_one_process_gives(codes, tmp_path):
     assert _metrics(one) == _metrics(two)
 
 
+def test_timed_cells_run_alone_and_last(monkeypatch):
+    def spec(name, kind):
+        return json.dumps({"id": name, "cell": {"task": {"kind": kind}}})
+
+    engine, together = engines.Processes(jobs=2), []
+    monkeypatch.setattr(engine, "_together", lambda specs: iter(together.extend(specs) or ["others"]))
+    monkeypatch.setattr(engine, "_alone", lambda spec: f"alone {json.loads(spec)['id']}")
+    specs = [spec("a", "throughput"), spec("b", "energy"), spec("c", "throughput")]
+    assert list(engine.run(specs)) == ["others", "alone a", "alone c"]
+    assert together == [specs[1]]
+
+
 DYING = """
 import json, os, signal
 from spikeplug_bench import cell

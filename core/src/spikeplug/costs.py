@@ -35,12 +35,12 @@ class CostModel:
         source: where the figures are from.
     """
 
-    name: str = DEFAULT
-    mac: float = 4.6
-    ac: float = 0.9
-    neuron: float = 0.9
-    read: float = 5.0
-    write: float = 5.0
+    name: str
+    mac: float
+    ac: float
+    neuron: float
+    read: float
+    write: float
     source: str = ""
 
     @classmethod

@@ -8,6 +8,7 @@ never fires; and one that fires the recorded spikes, and is charged for them wha
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -131,6 +132,7 @@ def _silent() -> Iterator[None]:
     try:
         yield
     finally:
+        ctypes.CDLL(None).fflush(None)  # C keeps what it prints until later
         os.dup2(kept, 1)
         os.close(kept)
 
