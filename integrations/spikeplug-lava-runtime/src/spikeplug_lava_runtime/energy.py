@@ -8,12 +8,9 @@ never fires; and one that fires the recorded spikes, and is charged for them wha
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +76,7 @@ def replay(bundle: Bundle, samples: int = 4) -> dict[str, Any]:
             events += int((sent * np.bincount(weights.col, minlength=len(sent))).sum())
     chip = sanafe.SpikingChip(arch)
     chip.load(network)
-    with _silent():
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its progress; stdout is for results
         found = chip.sim(length)
     total = sum(int(np.abs(each.astype(np.int64)).sum()) for each in fired.values())
     return {
@@ -121,20 +118,6 @@ class _Cores:
 
 
 PER_CORE = 1024
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """What SANA-FE prints on stdout, which is for results, goes to stderr."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # C keeps what it prints until later
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _sanafe() -> Any:
