@@ -406,7 +406,8 @@ def _place_sites(traced: Traced, config: ConversionConfig, flow: Flow) -> None:
         node for node in reversed(list(traced.graph.nodes)) if traced.kinds[node].kind in ("input", "preprocessing")
     )
     plain = Kind("site", "input")
-    image = traced.insert(first, "image", site("image", "image", plain), plain)
+    path = traced.free("image")
+    image = traced.insert(first, path, site(path, "image", plain), plain)
     first.replace_all_uses_with(image, delete_user_cb=lambda user: user is not image)
     spikes = {image}  # what carries spikes, or averages and the like of them
     for node in list(traced.graph.nodes):
@@ -481,9 +482,10 @@ def _fit_units(traced: Traced, flow: Flow) -> None:
             _express(traced, flow, node, unit, unit[node])
         elif kind == "output":
             with traced.graph.inserting_before(node):
-                traced.root.add_submodule("readout", Readout(flow, unit[trains[0]]))
-                read = traced.graph.call_module("readout", (trains[0],))
-            traced.kinds[read], traced.paths[read] = Kind("output", "readout"), "readout"
+                path = traced.free("readout")
+                traced.root.add_submodule(path, Readout(flow, unit[trains[0]]))
+                read = traced.graph.call_module(path, (trains[0],))
+            traced.kinds[read], traced.paths[read] = Kind("output", "readout"), path
             node.args = (read,)
 
 

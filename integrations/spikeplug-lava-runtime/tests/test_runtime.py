@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save as to_bytes
 
-from spikeplug_lava_runtime import Bundle, FormatError, bundle, load, run, save, verify
+from spikeplug_lava_runtime import Bundle, FormatError, bundle, format, load, run, save, verify
+from spikeplug_lava_runtime.check import check
 from spikeplug_lava_runtime.cli import main
 from spikeplug_lava_runtime.schedule import Schedule
 from spikeplug_lava_runtime.synapses import matrix
@@ -101,13 +102,13 @@ BY_HAND = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_rules_by_hand(name):
     network, spikes, wanted, logit = BY_HAND[name]
-    bundle.check(network)
+    check(network)
     assert fired(network, *spikes) == wanted
     assert run(network, train(*spikes)).logits.reshape(-1).tolist() == [logit]
 
 
 def test_a_ceiling_clips_at_every_step():
-    network = one_neuron("css", 3, 5, {"rectify": True}, CSS, threshold=[4], ceiling=[[8]] * 4)
+    network = one_neuron("css", 3, 5, {"rectify": True}, CSS, threshold=[4], ceiling=[[8]] * 3)
     assert fired(network, 1, 1, 1) == [1, -1, -1]  # o = 8 - 8 g, with g doubled in every step
 
 
@@ -222,8 +223,15 @@ def rewritten(path, change) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(graph, tensors)
     text = json.dumps(graph, sort_keys=True, separators=(",", ":"))
-    metadata = {"format": bundle.FORMAT, "graph": text, "sha256": bundle._digest(text, tensors)}
+    metadata = {"format": format.FORMAT, "graph": text, "sha256": bundle._digest(text, tensors)}
     path.write_bytes(to_bytes(tensors, metadata=metadata))
+
+
+def pooled(graph, **options) -> None:
+    """Put a pooling in the place of the weights."""
+    op = {"op": "sum_pool", "kernel": [1], "stride": [1], "padding": [0], **options}
+    ahead = {"op": "reshape", "shape": [1, 1]}
+    graph["populations"][1]["edges"][0]["ops"] = [ahead, op]
 
 
 BAD = {
@@ -244,6 +252,19 @@ BAD = {
     "must be a readout": lambda g, t: g["populations"].pop(),
     "gives [1], [2] is needed": lambda g, t: g["populations"][1].update(shape=[2]),
     "golden spikes of": lambda g, t: t.update({"golden.n": np.zeros((2, 1, 1), np.int8)}),
+    "of 'phase' carry": lambda g, t: g["populations"][0].update(payload=[1, 2, 4]),
+    "rectify='no'": lambda g, t: g["populations"][1].update(rectify="no"),
+    "n' has 0 edges": lambda g, t: g["populations"][1].update(edges=[]),
+    "'scale' of population 'out' has shape [7]": lambda g, t: t.update({"out.scale": np.zeros(7, np.float32)}),
+    "of [1, 2] samples": lambda g, t: t.update({"golden.n": np.zeros((3, 2, 1), np.int8)}),
+    "not 100": lambda g, t: t.update({"golden.n": np.full((3, 1, 1), 100, np.int8)}),
+    "threshold of 2097153": lambda g, t: t.update({"n.threshold": np.array([2**21 + 1], np.int32)}),
+    "has stride=[0]": lambda g, t: pooled(g, stride=[0]),
+    "has padding=[-1]": lambda g, t: pooled(g, padding=[-1]),
+    "has kernel=[True]": lambda g, t: pooled(g, kernel=[True]),
+    "gives [1, 4097], [1] is needed": lambda g, t: pooled(g, padding=[2048]),
+    "up to 16777216 neurons": lambda g, t: g["populations"][0].update(shape=[2**20, 2**20]),
+    "version 0": lambda g, t: g.update(spec=0),
     "KeyError": lambda g, t: g.pop("populations"),
     "TypeError": lambda g, t: g.update(populations=3),
 }

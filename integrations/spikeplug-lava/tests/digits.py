@@ -38,7 +38,7 @@ class Residual(nn.Module):
         self.pool = nn.AvgPool2d(2)
         self.last = nn.Linear(24 * 4, 10)
         self.act = nn.ReLU() if activation else nn.Identity()
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU6()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.first(x))

@@ -3,7 +3,8 @@
 The file format is described in Spikeplug's documentation, "Integer networks". Lava is imported by `on_lava` only.
 """
 
-from spikeplug_lava_runtime.bundle import Bundle, FormatError, load, save
+from spikeplug_lava_runtime.bundle import load, save
+from spikeplug_lava_runtime.format import Bundle, FormatError
 from spikeplug_lava_runtime.interpreter import Result, run
 from spikeplug_lava_runtime.verify import Verdict, verify
 

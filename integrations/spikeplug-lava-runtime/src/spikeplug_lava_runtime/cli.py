@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_bytes
 
-from spikeplug_lava_runtime.bundle import Bundle, FormatError, load, write_file
+from spikeplug_lava_runtime.bundle import load, write_file
+from spikeplug_lava_runtime.format import Bundle, FormatError
 from spikeplug_lava_runtime.interpreter import Result
 from spikeplug_lava_runtime.verify import BACKENDS, backend_of, verify
 
@@ -110,6 +111,9 @@ def _run(bundle: Bundle, given: argparse.Namespace) -> int:
 
 def _energy(bundle: Bundle, given: argparse.Namespace) -> int:
     from spikeplug_lava_runtime.energy import replay
+
+    if given.samples < 1:
+        raise ValueError(f"--samples {given.samples}: at least 1 is needed")
 
     found = replay(bundle, given.samples)
     if given.json:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from spikeplug_lava_runtime.bundle import Bundle, FormatError
+from spikeplug_lava_runtime.format import Bundle, FormatError
 from spikeplug_lava_runtime.interpreter import run
 from spikeplug_lava_runtime.schedule import Schedule
 from spikeplug_lava_runtime.synapses import matrix

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from spikeplug_lava_runtime.bundle import STATE_LIMIT, Bundle, shape_after
+from spikeplug_lava_runtime.check import shape_after
+from spikeplug_lava_runtime.format import STATE_LIMIT, Bundle
 
 Array = Any
 """A numpy array."""
@@ -213,6 +214,7 @@ class Ternary(Neurons):
     def steps(self, currents: Iterator[Array]) -> Iterator[Array]:
         for step in range(self.length + (0 if self.readout else self.silent)):
             self.g = amplified(self.g, self.beta)
+            self.keep(self.g)
             if step < self.length:
                 self.receive(step, next(currents))
             else:
@@ -223,7 +225,7 @@ class Ternary(Neurons):
     def emit(self, step: int) -> Array:
         o = np.maximum(self.h, 0) if self.rectify else self.h
         if self.ceiling is not None:
-            o = np.minimum(o, self.ceiling[step])
+            o = np.minimum(o, self.ceiling[step - self.silent])
         o = o - self.g
         s = (o >= self.v).astype(np.int8) - (o <= -self.v) if self.negative else (o >= 2 * self.v).astype(np.int8)
         if self.rectify:

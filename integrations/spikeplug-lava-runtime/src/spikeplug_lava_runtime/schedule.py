@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from spikeplug_lava_runtime.bundle import Bundle
+from spikeplug_lava_runtime.format import Bundle
 
 Array = Any
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from spikeplug_lava_runtime.bundle import Bundle, shape_after
+from spikeplug_lava_runtime.check import shape_after
+from spikeplug_lava_runtime.format import Bundle
 
 Array = Any
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spikeplug_lava_runtime.bundle import Bundle, FormatError
+from spikeplug_lava_runtime.format import Bundle, FormatError
 from spikeplug_lava_runtime.interpreter import Result, run
 
 BACKENDS = {"numpy": "numpy interpreter", "lava": "Lava CPU simulator"}

@@ -15,14 +15,15 @@ from spikeplug.architecture import Watch, unwatched
 from spikeplug.config import config_of
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.flow import FlowSite
+from spikeplug.graph import fed
 from spikeplug.network import SpikingGraph, watching
 from spikeplug.site import Site
 from spikeplug_lava_runtime import Bundle, FormatError, save
-from spikeplug_lava_runtime.bundle import SPEC
+from spikeplug_lava_runtime.format import SPEC, STATE_LIMIT
 
 from .integer import IntegerNetwork
 from .lower import lower
-from .quantize import Layer, Quantizer
+from .quantize import Layer, Quantizer, bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Lava:
 
     Args:
         golden: samples whose spikes are stored in the file, for `spikeplug-lava verify`.
-        fitted: samples that ranges of states are measured on; the others only measure accuracy.
+        fitted: samples, the first, that ranges of states are fitted to; a state that another does not fit is an error.
         fraction: bits of a ternary neuron's state behind the unit of its weights; None: up to 8, as many as fit.
 
     Raises:
@@ -96,7 +97,9 @@ class Lava:
     ) -> tuple[IntegerNetwork, list[Layer]]:
         """The integer network, not written yet, and what became of every population. Raises as `export`."""
         config = config_of(model)
-        samples = _first(batches, self.fitted)
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            raise ConversionError("the model is on an accelerator: export it from the CPU, model.cpu()")
+        samples = _first(batches, self.fitted).cpu()
         head = {
             "spec": SPEC,
             "producer": {"spikeplug": spikeplug.__version__},
@@ -134,6 +137,7 @@ def report_of(
         `agreement` of predictions, `samples`.
     """
     seen: dict[str, list[int]] = {}
+    peaks: dict[str, int] = {}
     right = {"dense": 0, "converted": 0, "integer": 0}
     same = {"converted with dense": 0, "integer with dense": 0, "integer with converted": 0}
     count, labelled = 0, True
@@ -142,11 +146,12 @@ def report_of(
         with model.observing():
             dense = model(x).flatten(1).argmax(1)
         converted, theirs = _watched(model, x)
-        fired, readout = network.fire(network.encode(x))
+        fired, readout = network.fire(network.encode(x), peaks)
         integer = network.logits(readout).flatten(1).argmax(1)
         for name, spikes in theirs.items():
             ours = fired.get(name)
-            if ours is not None and ours.shape == spikes.shape:
+            if ours is not None and ours.numel() == spikes.numel():
+                spikes = spikes.reshape(ours.shape)
                 row = seen.setdefault(name, [0, 0, 0, 0])
                 differ = ours != spikes
                 row[0] += int(differ.sum())
@@ -162,6 +167,12 @@ def report_of(
             for name, each in predictions.items():
                 right[name] += int((each == torch.as_tensor(labels)).sum())
         count += len(x)
+    for name, peak in peaks.items():
+        if peak > STATE_LIMIT:
+            raise ConversionError(
+                f"'{name}': a state needs {bits(peak)} bits on a sample that its range was not fitted to, 24 are "
+                f"there: fit it to more, -s fitted={count}"
+            )
     rows = []
     for layer in layers:
         other_spikes, places, other_values, windows = seen.get(layer.name, [0, 0, 0, 0])
@@ -169,7 +180,8 @@ def report_of(
         differing = (
             {"spikes_differ": other_spikes / places, "values_differ": other_values / windows} if compared else {}
         )
-        rows.append({**dataclasses.asdict(layer), "spikes_differ": None, "values_differ": None, **differing})
+        measured = {**dataclasses.asdict(layer), "state_bits": bits(peaks[layer.name])}
+        rows.append({**measured, "spikes_differ": None, "values_differ": None, **differing})
     return {
         "samples": count,
         "layers": rows,
@@ -191,7 +203,7 @@ def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     if model.flow is not None:
 
         def look(site: FlowSite, currents: Tensor, spikes: Tensor) -> None:
-            found[site.name] = spikes.to(torch.int8)
+            found["image" if site.kind == "image" else site.name] = spikes.to(torch.int8)
 
         with watching(model, look):
             return model(x), found
@@ -211,16 +223,15 @@ def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
 
 def _population_names(model: SpikingGraph) -> Mapping[str, str]:
     """Name of a site -> name of the population that fires its spikes: the path of the activation that it codes."""
-    found: dict[str, str] = {}
+    known = {node: (path, kind) for node, (path, kind, _) in zip(model.program.graph.nodes, model.ops, strict=True)}
+    named: dict[str, str] = {}
     for node, (_, _, target) in zip(model.program.graph.nodes, model.ops, strict=True):
         source = getattr(model.get_submodule(target), "source", None) if target else None
-        if isinstance(source, Site):
-            found.setdefault(source.name, node.args[0].name)
-    paths = {
-        node.name: (path, kind.kind) for node, (path, kind, _) in zip(model.program.graph.nodes, model.ops, strict=True)
-    }
-    named = {}
-    for site, node in found.items():
-        path, kind = paths[node]
-        named[site] = "image" if kind == "input" else path if kind == "activation" else site
+        if not isinstance(source, Site) or source.name in named:
+            continue
+        before = fed(node)
+        while known[before][1].type in ("Flatten", "flatten", "reshape", "view"):
+            before = fed(before)
+        path, kind = known[before]
+        named[source.name] = "image" if kind.kind == "input" else path if kind.kind == "activation" else source.name
     return named

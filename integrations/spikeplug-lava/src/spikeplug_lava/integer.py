@@ -58,8 +58,12 @@ class IntegerNetwork(nn.Module):
         """States of the readout in the dense network's units."""
         return readout * self.tensor(self.bundle.populations[-1]["scale"]).double()
 
-    def fire(self, spikes: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def fire(self, spikes: Tensor, peaks: dict[str, int] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Spikes int8 `[T, B, ...]` of every population, and states of the readout int64 `[B, ...]`, for input spikes.
+
+        Args:
+            peaks: gets the largest magnitude of a state of every population, where that is larger than what it has;
+                states are then computed step by step, which takes longer.
 
         Raises:
             OptionError: spikes are not of the input's shape.
@@ -67,24 +71,60 @@ class IntegerNetwork(nn.Module):
         populations = self.bundle.populations
         shape = tuple(populations[0]["shape"])
         if spikes.shape[:1] != (self.bundle.steps,) or tuple(spikes.shape[2:]) != shape:
-            raise OptionError(
-                f"spikes of shape {list(spikes.shape)}: T = {self.bundle.steps} steps of {list(shape)} wanted"
-            )
+            wanted = f"T = {self.bundle.steps} steps of {list(shape)}"
+            raise OptionError(f"spikes of shape {list(spikes.shape)}: {wanted} are needed")
         fired = {populations[0]["name"]: spikes}
         for population in populations[1:]:
-            found = self.step_in(population, fired)
+            found, peak = self.step_in(population, fired, watched=peaks is not None)
+            name = population["name"]
+            if peaks is not None:
+                peaks[name] = max(peaks.get(name, 0), int(peak.max()))
             if population["kind"] == "readout":
                 return fired, found
-            fired[population["name"]] = found
+            fired[name] = found
         raise AssertionError("a network without a readout is no bundle")
 
-    def step_in(self, population: Mapping[str, Any], fired: Mapping[str, Tensor]) -> Tensor:
-        """Spikes of one population, or the states of the readout."""
+    def step_in(
+        self, population: Mapping[str, Any], fired: Mapping[str, Tensor], watched: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes of one population, or the states of the readout; and the largest magnitude of its states by channel.
+
+        The second is 0 unless watched.
+        """
         readout = population["kind"] == "readout"
         if self.bundle.code == "css":
-            return self._ternary(population, self.currents(population, fired), readout)
-        total = self.received(population, fired) + self.parameter(population, "bias")
-        return total if readout else self.emitted(population, total)
+            z = self.currents(population, fired)
+            scan = TernaryScan(self, population, z[0])
+            spikes = list(scan.run(z, watched, readout))
+            return (scan.h if readout else torch.stack(spikes)), scan.peak
+        v, peak = self._taken_in(population, fired, watched)
+        return (v if readout else self.emitted(population, v)), peak
+
+    def _taken_in(
+        self, population: Mapping[str, Any], fired: Mapping[str, Tensor], watched: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Potential after a window `[B, ...]`, and the largest magnitude of a state by channel."""
+        bias = self.parameter(population, "bias")
+        if not watched:
+            return self.received(population, fired) + bias, torch.zeros(1)
+        z, code, steps = self.currents(population, fired), self.bundle.code, self.bundle.steps
+        a, i, peak = torch.zeros_like(z[0]), torch.zeros_like(z[0]), torch.zeros_like(z[0])
+        for current in z[: steps - 1] if code == "ttfs" else z:
+            if code == "ttfs":
+                i = i + current
+                a = a + i
+                peak = torch.maximum(peak, i.abs())
+            else:
+                a = (a << 1) + current if code == "bse" else a + current
+            peak = torch.maximum(peak, a.abs())
+        v = a + bias
+        largest = by_channel(torch.maximum(peak, v.abs()))
+        if population["kind"] != "readout":
+            # What the emitting potential is compared with, or grows to, whatever comes in.
+            key, times = emission(code, steps)
+            least = (self.parameter(population, key) * times).expand(v.shape[1:]).unsqueeze(0)
+            largest = torch.maximum(largest, by_channel(least))
+        return v, largest
 
     def currents(self, population: Mapping[str, Any], fired: Mapping[str, Tensor]) -> Tensor:
         """Currents of every step `[T, B, ...]`, int64."""
@@ -156,14 +196,6 @@ class IntegerNetwork(nn.Module):
         )
         return conv
 
-    def _ternary(self, population: Mapping[str, Any], z: Tensor, readout: bool) -> Tensor:
-        scan = TernaryScan(self, population, z[0])
-        if readout:
-            for current in z:
-                scan.receive(current)
-            return scan.h
-        return torch.stack(list(scan.run(z)))
-
     def emitted(self, population: Mapping[str, Any], v: Tensor) -> Tensor:
         """Spikes `[T, B, ...]` of potentials after a window of input."""
         theta, steps, code = self.parameter(population, "threshold"), self.bundle.steps, self.bundle.code
@@ -200,7 +232,11 @@ class IntegerNetwork(nn.Module):
 
 
 class TernaryScan:
-    """State of ternary neurons, int64 `[B, ...]`: see `spikeplug_lava_runtime.interpreter.Ternary`."""
+    """State of ternary neurons, int64 `[B, ...]`: see `spikeplug_lava_runtime.interpreter.Ternary`.
+
+    Attributes:
+        peak: largest magnitude of a state by channel `[C]`, where it is watched.
+    """
 
     def __init__(self, network: IntegerNetwork, population: Mapping[str, Any], like: Tensor) -> None:
         self.beta, self.silent = network.bundle.graph["beta"], network.bundle.graph["silent"]
@@ -209,43 +245,55 @@ class TernaryScan:
         self.bias, self.v = network.parameter(population, "bias"), network.parameter(population, "threshold")
         self.ceiling = None if population.get("ceiling") is None else network.parameter(population, "ceiling")
         self.h, self.g = torch.zeros_like(like), torch.zeros_like(like)
-        self.peak = 0
+        self.peak = torch.zeros(1, dtype=torch.int64, device=like.device)
 
     def amplified(self, m: Tensor) -> Tensor:
         """`β m`, rounded down."""
         return m << 1 if self.beta == "2" else m + (m >> 1)
 
-    def receive(self, z: Tensor) -> None:
-        """One step of input."""
-        self.h = self.amplified(self.h) + (z << self.fraction) + self.bias
-
-    def run(self, z: Tensor, watched: bool = False) -> Iterator[Tensor]:
-        """Spikes int8 `[B, ...]` of the T steps of a window of currents; `peak` where it is watched."""
-        for step in range(len(z) + self.silent):
-            self.g = self.amplified(self.g)
+    def run(self, z: Tensor, watched: bool, readout: bool) -> Iterator[Tensor]:
+        """Spikes int8 `[B, ...]` of the T steps of a window of currents; a readout has none."""
+        for step in range(len(z) + (0 if readout else self.silent)):
+            self.h, self.g = self.amplified(self.h), self.amplified(self.g)
             if step < len(z):
-                self.receive(z[step])
-            else:
-                self.h = self.amplified(self.h)
+                self.h = self.h + (z[step] << self.fraction) + self.bias
             if watched:
                 self.keep(self.h, self.g)
-            if step < self.silent:
-                continue
-            o = self.h.clamp(min=0) if self.rectify else self.h
-            o = o if self.ceiling is None else torch.minimum(o, self.ceiling[step])
-            o = o - self.g
-            s = (o >= self.v).long() - (o <= -self.v).long() if self.negative else (o >= 2 * self.v).long()
-            if self.rectify:
-                self.g = self.g + 2 * self.v * s
-            else:
-                self.h = self.h - 2 * self.v * s
-            if watched:
-                self.keep(self.h, self.g, o)
-            yield s.to(torch.int8)
+            if step >= self.silent and not readout:
+                yield self._fire(step, watched)
+
+    def _fire(self, step: int, watched: bool) -> Tensor:
+        o = self.h.clamp(min=0) if self.rectify else self.h
+        o = o if self.ceiling is None else torch.minimum(o, self.ceiling[step - self.silent])
+        o = o - self.g
+        s = (o >= self.v).long() - (o <= -self.v).long() if self.negative else (o >= 2 * self.v).long()
+        if self.rectify:
+            self.g = self.g + 2 * self.v * s
+        else:
+            self.h = self.h - 2 * self.v * s
+        if watched:
+            self.keep(self.h, self.g, o)
+        return s.to(torch.int8)
 
     def keep(self, *states: Tensor) -> None:
-        """Remember the largest magnitude of states."""
-        self.peak = max(self.peak, *(int(state.abs().max()) for state in states))
+        """Remember the largest magnitudes of states."""
+        for state in states:
+            self.peak = torch.maximum(self.peak, by_channel(state.abs()))
+
+
+def by_channel(x: Tensor) -> Tensor:
+    """The largest value of every channel `[C]` of `[B, C, ...]`."""
+    return x.transpose(0, 1).flatten(1).amax(1)
+
+
+def emission(code: str, steps: int) -> tuple[str, int]:
+    """Of a code that takes windows in: the parameter by which its emitting potential is bounded, and how many times."""
+    return {
+        "bse": ("threshold", 2 ** (steps - 1)),
+        "ttfs": ("threshold", steps - 1),
+        "rate": ("threshold", 2 * steps),
+        "phase": ("ceiling", 1),
+    }[code]
 
 
 def worths(bundle: Bundle, source: str) -> list[int]:

@@ -19,6 +19,11 @@ from spikeplug.layers import SpikingLayer
 from spikeplug.network import SpikingGraph
 from spikeplug.site import Site
 
+from .integer import CONVOLUTIONS
+
+RESERVED = ("image", "readout", "golden", "input", "output")
+"""Names that mean something in the format, or in NIR's graphs."""
+
 AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 AVERAGE_CALLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -134,6 +139,7 @@ class _Lowering:
         with torch.no_grad(), model.observing():
             recorder.run(samples)
         self.found = recorder.found
+        self.names: set[str] = set()
         self.of_site: dict[int, Population] = {}
         self.of_activation: dict[str, Population] = {}
 
@@ -152,7 +158,17 @@ class _Lowering:
         return ConversionError(f"'{self.paths[node]}' ({self.kinds[node].type}) cannot be exported: {why}")
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
+        if not isinstance(self.found[node], Tensor):
+            raise self.refuse(node, "it gives several tensors")
         return tuple(self.found[node].shape[1:])
+
+    def name(self, path: str) -> str:
+        """A name for a population, that of the dense network's operation where nothing else has it."""
+        name = path
+        while name in self.names or (name in RESERVED and name == path):
+            name += "_"
+        self.names.add(name)
+        return name
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.model.program.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -168,7 +184,9 @@ class _Lowering:
             value = self.linear(node, inputs[0])
             return dataclasses.replace(value, activation=(self.kinds[node], self.paths[node]))
         if kind == "add":
-            return self._added([self.linear(node, each) for each in inputs])
+            terms = [self.linear(node, each) for each in inputs]
+            factor = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+            return self._added([*terms[:-1], self._scaled(terms[-1], factor)])
         if kind == "cat":
             return self._concatenated(node, [self.linear(node, each) for each in inputs])
         if kind == "linear":
@@ -202,10 +220,11 @@ class _Lowering:
         return self._weighted(node, module, self.linear(node, value), weight, bias)
 
     def _flow_site(self, node: fx.Node, site: FlowSite, value: Value) -> Value:
-        name, shape = self.paths[node], self.shape(node)
+        shape = self.shape(node)
         if site.kind == "image":
-            population = Population(name, "input", shape, value, site.encoder, site.params())
+            population = Population("image", "input", shape, value, site.encoder, site.params())
         else:
+            name = self.name(self.paths[node])
             population = Population(
                 name, "neurons", shape, value, site.encoder, site.params(), site.neuron, site.activation
             )
@@ -218,13 +237,23 @@ class _Lowering:
         ahead = Value(tuple(self._carried(population, value)))
         bias = None if module.bias is None else module.bias.detach()
         found = self._weighted(node, module, ahead, module.weight.detach(), bias)
-        offset = population.params.offset
-        if bool((offset != 0).any()):
+        plane = self._offset(population, value)
+        if plane is not None:
             # What a window without spikes stands for, through the layer: at padded borders less of it.
-            plane = torch.zeros(1, *self.shape(fed(node)), dtype=torch.float64) + offset.double()
-            constant = module.synapse(plane, module.weight.detach().double(), None)[0]
+            constant = module.synapse(plane.unsqueeze(0), module.weight.detach().double(), None)[0]
             found = self._added([found, Value(bias=constant)])
         return found
+
+    def _offset(self, population: Population, value: Value) -> Tensor | None:
+        """What silent windows of the population that codes a value stand for, past what lies behind; None: zero."""
+        assert population.params is not None
+        offset = population.params.offset.detach().double()
+        if not bool((offset != 0).any()):
+            return None
+        plane = torch.zeros(1, *population.shape, dtype=torch.float64) + offset
+        for op in value.tail if value.activation is not None or value.raw else ():
+            plane = through(op, plane)
+        return plane[0] * value.factor
 
     def _carried(self, population: Population, value: Value) -> list[Edge]:
         """The spikes of the population that codes a value, past what lies between its activation and its layer."""
@@ -236,18 +265,20 @@ class _Lowering:
         if id(site) not in self.of_site:
             source = fed(node)
             if value.raw:
+                if any(each.kind == "input" for each in self.populations):
+                    raise self.refuse(node, "the input is coded a second time, by another site")
                 given = next(each for each, kind in self.kinds.items() if kind.kind == "input")
-                at_input = site.params(self.found[source])
+                at_input = self._params(site, source)
                 found = Population("image", "input", self.shape(given), value, site.encoder, at_input)
                 self.populations.append(found)
             elif value.activation is not None:
-                averaged = any(op["op"] == "sum_pool" for op in value.tail) or value.factor != 1
-                params = None if averaged else site.params(self.found[source])
+                # A site behind an average or a slice saw other values than the neurons at the activation fire.
+                whole = all(op["op"] == "reshape" for op in value.tail) and value.factor == 1
+                params = self._params(site, source) if whole else None
                 found = self._at_activation(value, site.encoder, params)
             else:
-                found = Population(
-                    site.name, "neurons", self.shape(source), value, site.encoder, site.params(self.found[source])
-                )
+                name, params = self.name(site.name), self._params(site, source)
+                found = Population(name, "neurons", self.shape(source), value, site.encoder, params)
                 self.populations.append(found)
             self.of_site[id(site)] = found
         return self.of_site[id(site)]
@@ -267,7 +298,9 @@ class _Lowering:
             refitted = params is None
             params = params or encoder.fit(ActivationStats.of(self.found[node]))
             received = Value(value.edges, value.bias)
-            found = Population(path, "neurons", self.shape(node), received, encoder, params, None, kind, refitted)
+            found = Population(
+                self.name(path), "neurons", self.shape(node), received, encoder, params, None, kind, refitted
+            )
             self.populations.append(found)
             self.of_activation[path] = found
         return self.of_activation[path]
@@ -282,12 +315,7 @@ class _Lowering:
 
     def _decoded(self, node: fx.Node, population: Population, value: Value) -> Value:
         """What the spikes of the population that codes a value stand for."""
-        assert population.params is not None
-        offset = float(population.params.offset.max())
-        if offset and value.tail:
-            raise self.refuse(node, f"it reads values whose code starts at {offset:g} and not at 0")
-        edges = tuple(self._carried(population, value))
-        return Value(edges, torch.tensor(offset, dtype=torch.float64) if offset else None)
+        return Value(tuple(self._carried(population, value)), self._offset(population, value))
 
     def _concatenated(self, node: fx.Node, values: Sequence[Value]) -> Value:
         edges = []
@@ -406,16 +434,14 @@ class _Lowering:
     ) -> tuple[list[dict[str, Any]], float]:
         """What a linear operation does to a numbered plane: where it only moves values, their numbers say how."""
         numbers = torch.arange(1, math.prod(given) + 1, dtype=torch.float64).reshape(1, *given)
-        moved = self._apply(node, numbers)[0]
-        ones = self._apply(node, torch.ones_like(numbers))[0]
-        factor = float(ones.abs().max())
-        if factor == 0 or not bool(
-            torch.isin(ones, torch.tensor([0.0, float(ones.flatten()[ones.abs().argmax()])], dtype=ones.dtype)).all()
-        ):
-            raise self.refuse(node, "it mixes values in a way that has no form in the format")
+        moved, ones = self._apply(node, numbers)[0], self._apply(node, torch.ones_like(numbers))[0]
         factor = float(ones.flatten()[ones.abs().argmax()])
-        index = moved / factor
-        if not bool((index == index.round()).all()) or float(index.max()) > numbers.numel() or float(index.min()) < 0:
+        index = (moved / factor if factor else moved).round().clamp(0, numbers.numel())
+        # Averages of numbers may be numbers too: only what holds of any values is a move.
+        generator = torch.Generator().manual_seed(0)
+        values = torch.rand(numbers.shape, dtype=torch.float64, generator=generator)
+        wanted = torch.cat([values.new_zeros(1), values.flatten()])[index.long()] * factor
+        if not torch.allclose(self._apply(node, values)[0], wanted, rtol=1e-9, atol=1e-12):
             raise self.refuse(node, "it mixes values in a way that has no form in the format")
         if index.numel() == numbers.numel() and bool((index.flatten() == numbers.flatten()).all()):
             return ([] if given == shape else [{"op": "reshape", "shape": list(shape)}]), factor
@@ -446,13 +472,26 @@ class _Lowering:
         self.populations.append(Population("readout", "readout", self.shape(fed(node)), value))
 
 
+def through(op: Mapping[str, Any], x: Tensor) -> Tensor:
+    """An operation without weights on real values `[B, ...]`."""
+    if op["op"] == "reshape":
+        return x.reshape(len(x), *op["shape"])
+    if op["op"] == "gather":
+        return F.pad(x.flatten(1), (1, 0))[:, op["index"].flatten().long()].reshape(len(x), *op["shape"])
+    dims = len(op["kernel"])
+    ones = torch.ones(x.shape[1], 1, *op["kernel"], dtype=x.dtype)
+    summed: Tensor = CONVOLUTIONS[dims](x, ones, None, op["stride"], op["padding"], 1, x.shape[1])
+    return summed
+
+
 def _aligned(one: Tensor, other: Tensor) -> Tensor:
     """The sum of two biases, each per channel `[C, 1, ...]` or of the whole shape."""
     return one.double() + other.double()
 
 
 def _tuple(value: Any, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, int) else [int(each) for each in value]
+    values = [value] if isinstance(value, int) else list(value)
+    return [int(each) for each in (values * dims if len(values) == 1 else values)]
 
 
 def _padding(module: Any, weight: Tensor) -> list[int]:

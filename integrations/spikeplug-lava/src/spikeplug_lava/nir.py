@@ -22,7 +22,8 @@ from spikeplug.architecture import Watch, unwatched
 from spikeplug.errors import BundleError, ConversionError
 from spikeplug.files import draft_of
 from spikeplug_lava_runtime import Bundle, FormatError
-from spikeplug_lava_runtime.bundle import SPEC, check, shape_after
+from spikeplug_lava_runtime.check import check, shape_after
+from spikeplug_lava_runtime.format import SPEC
 
 from .exporter import Lava
 

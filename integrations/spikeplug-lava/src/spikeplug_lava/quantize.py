@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.errors import ConversionError
-from spikeplug_lava_runtime.bundle import CODES, STATE_LIMIT, WEIGHT_LIMIT, Bundle
+from spikeplug_lava_runtime.format import CODES, STATE_LIMIT, WEIGHT_LIMIT, Bundle
 
-from .integer import IntegerNetwork, TernaryScan
+from .integer import IntegerNetwork, emission
 from .lower import Edge, Population
 
 MARGIN = 1.25
@@ -25,6 +25,9 @@ MARGIN = 1.25
 
 FEWEST = 16
 """Magnitude that the largest weight of a population has at the least; below it 24 bits of state are too few."""
+
+NARROW = 64
+"""Magnitude below which the largest weight of a channel counts as narrowed in the report."""
 
 FEW = 0.1
 """Share of a population's channels whose weights may have fewer bits rather than all states fewer fraction bits."""
@@ -39,10 +42,12 @@ class Layer:
     """What became of one population, for the report.
 
     Attributes:
-        weight_bits: of the largest weight of the neuron that has the fewest, with its sign, and of the median one.
+        weight_bits: of the largest weight of a channel, with its sign; of the median channel, and of the edge with the
+            fewest.
         state_bits: that the samples needed, of 24.
         fraction: bits of the state behind the weights' unit.
-        narrowed: share of neurons or channels whose weights have fewer bits than 8 so that their state fits.
+        narrowed: share of channels where an edge's largest weight has fewer bits than 7: so that their state fits, or
+            beside a much larger edge.
         refitted: whether its code was fitted anew, since the converted network decodes in that place.
     """
 
@@ -76,6 +81,7 @@ class Quantizer:
         self.steps = self.encoder.steps
         for population in populations:
             check_code(population)
+        check_alike(populations)
         self.graph: dict[str, Any] = {**head, "code": self.code, "steps": self.steps, "populations": []}
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[Layer] = []
@@ -127,7 +133,13 @@ class Quantizer:
         if not weights:
             raise ConversionError("it receives no spikes")
         channels = population.shape[0]
-        largest = torch.stack([_by_channel(each, channels) for each in weights]).amax(0)
+        # What only passes spikes on may count for many synapses, so that it does not press real weights down.
+        largest = torch.stack(
+            [
+                _by_channel(each, channels) / (1 if edge.op else WEIGHT_LIMIT)
+                for each, edge in zip(weights, population.value.edges, strict=True)
+            ]
+        ).amax(0)
         # What is behind the weights may mix channels: they then share a unit.
         shared = any(edge.behind for edge in population.value.edges)
         largest = largest.max().expand(channels) if shared else largest
@@ -136,37 +148,54 @@ class Quantizer:
         rules: Any = _Ternary(self, population) if self.code == "css" else _Windows(self, population)
         wider: Tensor | None = unit
         while wider is not None:  # once more, with a larger unit, where a state does not fit
-            described |= rules.parameters(wider)
+            described |= rules.parameters(wider.max().expand(channels) if shared else wider)
             described["edges"] = self._edges(population, weights, rules.unit)
-            peaks: Tensor
-            spikes: Tensor | None
-            spikes, peaks = rules.fire(self._network(), described, fired)
+            spikes, peaks = self._network().step_in(described, fired, watched=True)
             wider = rules.widened(peaks) if wider is unit else None
-            wider = wider.max().expand(channels) if shared and wider is not None else wider
         peak = int(peaks.max())
-        names = [op["weight"] for edge in described["edges"] for op in edge["ops"] if "weight" in op]
-        integers = [self.tensors[name].to(torch.int64) for name in names]
-        per_channel = torch.stack([_by_channel(each, channels) for each in integers]).amax(0)
-        kept = int(per_channel.max())
-        if kept < FEWEST or peak > STATE_LIMIT:
-            needed = _bits(peak * max(1.0, WEIGHT_LIMIT / max(1, kept)))
-            raise ConversionError(
-                f"its state needs {needed} bits with 8-bit weights, 24 are there: fewer steps, or a smaller beta"
-            )
+        kept = self._kept(described, channels)
+        self._require(rules, weights, kept, peak)
         self.graph["populations"].append(described)
         self.layers.append(
             Layer(
                 population.name,
                 rules.title,
                 int(torch.tensor(population.shape).prod()),
-                _bits(float(per_channel.double().median())),
-                _bits(peak),
+                min(bits(float(each.double().median())) for each in kept),
+                bits(peak),
                 int(described.get("fraction", 0)),
-                float((rules.unit > unit * 1.02).double().mean()),
+                float((torch.stack(kept).amin(0) < NARROW).double().mean()),
                 population.refitted,
             )
         )
-        return spikes
+        return None if population.kind == "readout" else spikes
+
+    def _kept(self, described: Mapping[str, Any], channels: int) -> list[Tensor]:
+        """Largest whole weight of every channel `[C]`, by edge."""
+        found = []
+        for edge in described["edges"]:
+            weights = [self.tensors[op["weight"]].to(torch.int64) for op in edge["ops"] if "weight" in op]
+            found.append(torch.stack([_by_channel(each, channels) for each in weights]).amax(0))
+        return found
+
+    def _require(self, rules: Any, weights: list[Tensor], kept: list[Tensor], peak: int) -> None:
+        """Refuse what did not fit."""
+        remedy = "convert it with fewer steps" + (
+            ", beta=1.5, or export it with a smaller fraction" if self.code == "css" else ""
+        )
+        if peak > STATE_LIMIT:
+            raise ConversionError(f"its state needs {bits(peak)} bits, 24 are there: {remedy}")
+        fewest = max(int(each.max()) for each in kept)
+        if fewest < FEWEST:
+            raise ConversionError(
+                f"with 24 bits of state its weights keep {bits(fewest)} bits, {bits(FEWEST)} are needed: {remedy}"
+            )
+        for real, whole in zip(weights, kept, strict=True):
+            if int(whole.max()) == 0 and float(real.abs().max()) > 0:
+                raise ConversionError(
+                    f"an edge of it has weights of {float(real.abs().max()):.3g} beside others of "
+                    f"{max(float(each.abs().max()) for each in weights):.3g}: they are all 0 in 8 bits"
+                )
 
     def _real(self, edge: Edge) -> Tensor:
         """Weights of an edge in the units of what it feeds, for a source that fires whole numbers."""
@@ -184,8 +213,12 @@ class Quantizer:
             name = f"{population.name}.{index}"
             shared = unit[:1] if edge.behind else unit
             scaled = weight / shared.reshape(-1, *[1] * (weight.ndim - 1))
-            self.tensors[f"{name}.weight"] = scaled.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
-            ops = [*edge.ops, {"op": "scale", **(edge.op or {}), "weight": f"{name}.weight"}, *edge.behind]
+            if edge.op is None:
+                weighted = self._passed_on(name, scaled)
+            else:
+                self.tensors[f"{name}.weight"] = _int8(scaled)
+                weighted = [{**edge.op, "weight": f"{name}.weight"}]
+            ops = [*edge.ops, *weighted, *edge.behind]
             for place, op in enumerate(ops):
                 if op["op"] == "gather":
                     self.tensors[f"{name}.index{place}"] = op["index"]
@@ -193,11 +226,20 @@ class Quantizer:
             edges.append({"from": edge.source.name, "ops": ops})
         return edges
 
-    def put(self, population: Population, key: str, value: Tensor, like: Tensor | None = None) -> str:
+    def _passed_on(self, name: str, scaled: Tensor) -> list[dict[str, Any]]:
+        """Operations that multiply by weights beyond 127: two in a row."""
+        times = torch.ceil(scaled.abs().max() / WEIGHT_LIMIT).clamp(1, WEIGHT_LIMIT)
+        self.tensors[f"{name}.weight"] = _int8(scaled / times)
+        if times == 1:
+            return [{"op": "scale", "weight": f"{name}.weight"}]
+        self.tensors[f"{name}.times"] = _int8(times.reshape(1))
+        return [{"op": "scale", "weight": f"{name}.weight"}, {"op": "scale", "weight": f"{name}.times"}]
+
+    def put(self, population: Population, key: str, value: Tensor) -> str:
         """Store whole numbers of a population, and give their name; per channel ones broadcast against its shape."""
         name = f"{population.name}.{key}"
         if float(value.abs().max()) > STATE_LIMIT:
-            raise ConversionError(f"its {key} needs {_bits(float(value.abs().max()))} bits, 24 are there")
+            raise ConversionError(f"its {key} needs {bits(float(value.abs().max()))} bits, 24 are there")
         self.tensors[name] = value.round().to(torch.int32).contiguous()
         return name
 
@@ -224,8 +266,10 @@ class _Ternary:
         amplitude = self.beta ** self.q.graph["silent"]
         # What all of its spikes together are worth must fit, whatever comes in; a readout fires none.
         total = 0.0 if self.readout else amplitude * sum(self.beta**t for t in range(self.q.steps))
-        self._lower(total / unit * 2.0**self.fraction)
-        unit = unit.clamp(min=total * 2.0**self.fraction * MARGIN / STATE_LIMIT)
+        bias = _channels(self.population, self.population.value.bias)
+        needed = bias.clamp(min=total)
+        self._lower(needed / unit * 2.0**self.fraction)
+        unit = torch.maximum(unit, needed * 2.0**self.fraction * MARGIN / STATE_LIMIT)
         found: dict[str, Any] = {"fraction": self.fraction, "bias": None}
         one = 2.0**self.fraction
         if self.readout:
@@ -240,27 +284,15 @@ class _Ternary:
             found |= {"rectify": self.rectify, "negative": self.negative, "ceiling": None}
             top = getattr(self.population.neuron, "top", float("inf"))
             if top < float("inf"):
-                growth = self.beta ** torch.arange(1 - self.q.steps, self.q.graph["silent"] + 1, dtype=torch.float64)
-                limits = top * growth.reshape(-1, *[1] * len(self.population.shape)) * one / self._shaped(self.unit)
-                found["ceiling"] = self.q.put(self.population, "ceiling", limits)
+                after = torch.arange(self.q.steps, dtype=torch.float64) + self.q.graph["silent"] + 1 - self.q.steps
+                growth = (self.beta**after).reshape(-1, *[1] * len(self.population.shape))
+                limits = top * growth * one / self._shaped(self.unit)
+                # No state is larger than the limit, so a ceiling beyond it is none.
+                found["ceiling"] = self.q.put(self.population, "ceiling", limits.clamp(max=STATE_LIMIT))
         if self.population.value.bias is not None:
             bias = self.population.value.bias.double() * one / self._shaped(self.unit)
             found["bias"] = self.q.put(self.population, "bias", bias)
         return found
-
-    def fire(
-        self, network: IntegerNetwork, described: Mapping[str, Any], fired: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor]:
-        """Spikes, none of the readout, and the largest magnitude of a state by channel `[C]`."""
-        z = network.currents(described, fired)
-        scan = _Peaks(network, described, z[0])
-        if not self.readout:
-            spikes = torch.stack(list(scan.run(z, watched=True)))
-            return spikes, scan.by_channel
-        for current in z:
-            scan.receive(current)
-            scan.keep(scan.h)
-        return None, scan.by_channel
 
     def widened(self, peak: Tensor) -> Tensor | None:
         """The unit with which states of that size fit; fraction bits are given up first. None: they fit."""
@@ -277,17 +309,6 @@ class _Ternary:
         while self.fraction > self.fewest and float((states * MARGIN > STATE_LIMIT).double().mean()) > FEW:
             self.fraction, states, lowered = self.fraction - 1, states / 2, lowered + 1
         return lowered
-
-
-class _Peaks(TernaryScan):
-    """Keeps the largest magnitude by channel."""
-
-    by_channel: Tensor = torch.zeros(())
-
-    def keep(self, *states: Tensor) -> None:
-        for state in states:
-            found = state.abs().transpose(0, 1).flatten(1).amax(1)
-            self.by_channel = torch.maximum(self.by_channel.to(found), found)
 
 
 class _Windows:
@@ -310,7 +331,7 @@ class _Windows:
         bias = torch.zeros(()) if population.value.bias is None else population.value.bias
         bias = bias.double()
         if self.readout:
-            self.unit = unit
+            self.unit = unit = torch.maximum(unit, _channels(self.population, bias) * MARGIN / STATE_LIMIT)
             found["scale"] = f"{population.name}.scale"
             self.q.tensors[found["scale"]] = self._shaped(unit).to(torch.float32)
             half = torch.zeros(())
@@ -318,11 +339,12 @@ class _Windows:
             assert population.params is not None
             scale, offset = float(population.params.scale), float(population.params.offset)
             # The emitting potential must fit as well, whatever comes in.
-            most = {"bse": 2.0 ** (steps - 1), "ttfs": steps, "rate": 2 * steps, "phase": 1.0}[code]
-            unit = unit.clamp(min=scale * most / STATE_LIMIT)
+            most = emission(code, steps)[1]
+            bias = bias - offset
+            needed = _channels(self.population, bias).clamp(min=scale * most) * MARGIN
+            unit = torch.maximum(unit, needed / STATE_LIMIT)
             theta = torch.floor(scale / unit).clamp(min=1)
             self.unit = scale / theta
-            bias = bias - offset
             half = self._shaped(theta) / 2
             if code in ("phase", "rate") or getattr(population.encoder, "rounding", "nearest") == "floor":
                 half = torch.zeros(())
@@ -348,33 +370,40 @@ class _Windows:
             tables[key] = self.q.put(population, key, table.clamp(min=1) if key == "threshold" else table)
         return tables
 
-    def fire(
-        self, network: IntegerNetwork, described: Mapping[str, Any], fired: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, Tensor]:
-        """Spikes, none of the readout, and the largest magnitude of a state by channel `[C]`."""
-        z, code, steps = network.currents(described, fired), self.q.code, self.q.steps
-        a, i, peak = torch.zeros_like(z[0]), torch.zeros_like(z[0]), torch.zeros_like(z[0])
-        for current in z[: steps - 1] if code == "ttfs" else z:
-            if code == "ttfs":
-                i = i + current
-                a = a + i
-                peak = torch.maximum(peak, i.abs())
-            else:
-                a = (a << 1) + current if code == "bse" else a + current
-            peak = torch.maximum(peak, a.abs())
-        v = a + network.parameter(described, "bias")
-        largest = torch.maximum(peak, v.abs()).transpose(0, 1).flatten(1).amax(1)
-        if self.readout:
-            return None, largest
-        # What the emitting potential is compared with, or grows to, whatever comes in.
-        ramp = {"bse": 2 ** (steps - 1), "ttfs": steps - 1, "rate": 2 * steps, "phase": 1}[code]
-        key = "ceiling" if code == "phase" else "threshold"
-        return network.emitted(described, v), torch.maximum(largest, network.parameter(described, key).flatten() * ramp)
-
     def widened(self, peak: Tensor) -> Tensor | None:
         """The unit with which states of that size fit. None: they fit."""
         over = peak.double() * MARGIN / STATE_LIMIT
         return None if bool((over <= 1).all()) else self.unit * over.clamp(min=1)
+
+
+def _channels(population: Population, bias: Tensor | None) -> Tensor:
+    """Largest magnitude of a bias by channel `[C]`."""
+    if bias is None:
+        return torch.zeros(population.shape[0], dtype=torch.float64)
+    return (
+        bias.double().abs().expand(population.shape).flatten(1).amax(1)
+        if len(population.shape) > 1
+        else (bias.double().abs().expand(population.shape))
+    )
+
+
+def check_alike(populations: list[Population]) -> None:
+    """Refuse sites with options of their own: a network has one code on one clock. Raises ConversionError."""
+    first, neurons = populations[0].encoder, [each.neuron for each in populations if each.neuron is not None]
+    assert first is not None
+    for population in populations[1:]:
+        encoder, neuron = population.encoder, population.neuron
+        if encoder is not None and (encoder.name, encoder.steps) != (first.name, first.steps):
+            raise ConversionError(
+                f"'{population.name}' is coded by {encoder.name} in {encoder.steps} steps, the input by {first.name} "
+                f"in {first.steps}: one code and number of steps can be exported, leave such overrides out"
+            )
+        for option in ("beta", "silent"):
+            mine, others = getattr(neuron, option, None), getattr(neurons[0], option, None) if neurons else None
+            if neuron is not None and mine != others:
+                raise ConversionError(
+                    f"'{population.name}' has {option}={mine}, another has {others}: one can be exported"
+                )
 
 
 def check_code(population: Population) -> None:
@@ -384,10 +413,6 @@ def check_code(population: Population) -> None:
         return
     if encoder.name not in CODES:
         raise ConversionError(f"'{name}': code '{encoder.name}' has no integer form: one of {', '.join(CODES)} has")
-    if population.params is not None and (not encoder.static or population.params.scale.numel() != 1):
-        raise ConversionError(
-            f"'{name}': {encoder} has several scales in one site: convert it with granularity='tensor'"
-        )
     for option in ("spikes", "mask"):
         if getattr(encoder, option, 0):
             raise ConversionError(f"'{name}': {option}={getattr(encoder, option)} has no integer form, {option}=0 has")
@@ -398,12 +423,16 @@ def check_code(population: Population) -> None:
             raise ConversionError(f"'{name}': beta={neuron.beta} is no shift and add: 1.5 and 2 are")  # type: ignore[attr-defined]
 
 
+def _int8(weight: Tensor) -> Tensor:
+    return weight.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
+
+
 def _by_channel(weight: Tensor, channels: int) -> Tensor:
     """Largest magnitude of the weights of every channel `[C]`; of other than C channels, of all."""
     found = weight.abs().flatten(1).amax(1) if weight.ndim > 1 else weight.abs()
     return found if len(found) == channels else found.max().expand(channels)
 
 
-def _bits(magnitude: float) -> int:
+def bits(magnitude: float) -> int:
     """Bits of a signed whole number of that magnitude."""
     return int(magnitude).bit_length() + 1

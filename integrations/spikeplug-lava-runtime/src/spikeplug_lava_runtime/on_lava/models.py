@@ -18,7 +18,8 @@ from lava.magma.core.sync.protocols.loihi_protocol import LoihiProtocol
 from spikeplug_lava_runtime.on_lava.processes import Bits, Delay, FirstSpikes, Phases, Rates, Recorder, Ternary
 
 Array = Any
-State = LavaPyType(np.ndarray, np.int32, precision=24)
+# Wider than the 24 bits that it may have, so that a state beyond them is seen and does not wrap.
+State = LavaPyType(np.ndarray, np.int64, precision=24)
 
 
 class PopulationModel(PyLoihiProcessModel):
@@ -27,7 +28,7 @@ class PopulationModel(PyLoihiProcessModel):
     a_in: PyInPort = LavaPyType(PyInPort.VEC_DENSE, np.int32, precision=24)
     s_out: PyOutPort = LavaPyType(PyOutPort.VEC_DENSE, np.int32, precision=24)
     bias: Array = State
-    peak: Array = LavaPyType(np.ndarray, np.int32, precision=32)
+    peak: Array = LavaPyType(np.ndarray, np.int64, precision=32)
 
     def __init__(self, proc_params: Any) -> None:
         super().__init__(proc_params)
@@ -37,7 +38,7 @@ class PopulationModel(PyLoihiProcessModel):
 
     def run_spk(self) -> None:
         """One step of the clock."""
-        z = self.a_in.recv()
+        z = self.a_in.recv().astype(np.int64)
         now = self.time_step - 1 - self.first
         self.s_out.send(self.silence() if now < 0 else self.advance(now, z).astype(np.int32))
 

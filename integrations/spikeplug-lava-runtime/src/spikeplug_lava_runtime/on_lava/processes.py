@@ -44,7 +44,7 @@ class Ternary(Population):
 
     Args:
         threshold: v `[N]`.
-        ceiling: `[T + L, N]`, where values are clipped.
+        ceiling: `[T, N]`, where values are clipped.
     """
 
     def __init__(self, *, threshold: Array, ceiling: Array, **options: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spikeplug_lava_runtime.bundle import WEIGHT_LIMIT, Bundle
+from spikeplug_lava_runtime.format import WEIGHT_LIMIT, Bundle
 from spikeplug_lava_runtime.interpreter import Result
 from spikeplug_lava_runtime.schedule import Schedule
 from spikeplug_lava_runtime.synapses import matrix
