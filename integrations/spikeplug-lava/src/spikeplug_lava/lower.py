@@ -283,6 +283,15 @@ class _Lowering:
             self.of_site[id(site)] = found
         return self.of_site[id(site)]
 
+    def _params(self, site: Site, source: fx.Node) -> CodeParams:
+        """Parameters of a site's code. Raises ConversionError where it has several scales."""
+        params = site.params(self.found[source])
+        if not site.static or params.scale.numel() != 1:
+            raise ConversionError(
+                f"'{site.name}': {site.encoder} has several scales in one site: convert it with granularity='tensor'"
+            )
+        return params
+
     def _at_activation(
         self, value: Value, encoder: Encoder | None = None, params: CodeParams | None = None
     ) -> Population:
