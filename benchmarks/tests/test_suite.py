@@ -257,3 +257,14 @@ def test_an_id_changes_with_the_text_that_a_cell_reads(tmp_path):
 def test_the_canonical_form_knows_no_order(data):
     assert identity.digest(data) == identity.digest(dict(reversed(list(data.items()))))
     assert json.loads(identity.canonical(data)) == data
+
+
+def test_a_task_has_a_name():
+    data = {
+        "format": 1, "name": "named", "title": "t", "tasks": {"code": {"kind": "reconstruction", "encoder": "rate"}},
+        "grids": [{"task": ["code", {"kind": "reconstruction", "encoder": "bse"}], "steps": 4}],
+    }  # fmt: skip
+    assert [cell.task.encoder for cell in cells(parse_suite(data))] == ["rate", "bse"]
+    data["grids"][0]["task"] = "cod"
+    with pytest.raises(OptionError, match=r"grids.0: no task 'cod', did you mean 'code'\? Tasks: code"):
+        cells(parse_suite(data))

@@ -33,8 +33,9 @@ class Suite(Strict):
         format: version of this format.
         version: of the suite; raised when its cells change.
         models: name in the grids to network.
+        tasks: name in the grids to task.
         grids: each a product of axes, where a value or a list of values stands for every field of a cell; `task` is a
-            mapping or a list of mappings, whose fields are values or lists too.
+            mapping, whose fields are values or lists too, the name of a task, or a list of those.
         compare: figures published elsewhere, shown beside the results and never mixed with them.
     """
 
@@ -44,8 +45,18 @@ class Suite(Strict):
     title: str
     about: str = ""
     models: dict[str, Model] = pydantic.Field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
     grids: list[Grid] = pydantic.Field(min_length=1)
     compare: list[Published] = pydantic.Field(default_factory=list)
+
+    def tasks_of(self, grid: Grid) -> list[dict[str, Any]]:
+        """Tasks of a grid, names resolved. Raises OptionError where there is none of a name."""
+        found = []
+        for each in grid.task if isinstance(grid.task, list) else [grid.task]:
+            if isinstance(each, str) and each not in self.tasks:
+                raise OptionError(f"no task '{each}'{nearest(each, self.tasks)} Tasks: {listed(self.tasks)}")
+            found.append(self.tasks[each] if isinstance(each, str) else each)
+        return found
 
 
 class Published(Strict):
@@ -75,7 +86,7 @@ class Grid(Strict):
     options: dict[str, Any] = pydantic.Field(default_factory=dict)
     framework: str | list[str] = "torch"
     execution: Literal["fused", "stepped"] | list[Literal["fused", "stepped"] | None] | None = None
-    task: dict[str, Any] | list[dict[str, Any]]
+    task: str | dict[str, Any] | list[str | dict[str, Any]]
     seed: int | list[int] = 0
     dtype: str | list[str] = "auto"
     device: str | list[str] = "cpu"
@@ -192,7 +203,9 @@ def json_schema() -> dict[str, Any]:
         tasks[kind]["required"] = ["kind", *tasks[kind].get("required", [])]
     schema["$defs"] |= {cls.__name__: tasks[kind] for kind, cls in TASKS.items()}
     one = {"oneOf": [{"$ref": f"#/$defs/{cls.__name__}"} for cls in TASKS.values()]}
-    schema["$defs"]["Grid"]["properties"]["task"] = {"anyOf": [one, {"type": "array", "items": one}]}
+    named = {"anyOf": [{"type": "string"}, one]}
+    schema["properties"]["tasks"]["additionalProperties"] = one
+    schema["$defs"]["Grid"]["properties"]["task"] = {"anyOf": [named, {"type": "array", "items": named}]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -281,7 +294,10 @@ def _points(suite: Suite, number: int, grid: Grid, change: Axis) -> Iterator[Cel
             axes[field] = replaced or (value if isinstance(value, list) else [value])
     axes |= {f"options.{key}": value if isinstance(value, list) else [value] for key, value in grid.options.items()}
     axes |= {key: values for key, values in change.items() if key.startswith("options.")}
-    tasks = grid.task if isinstance(grid.task, list) else [grid.task]
+    try:
+        tasks = suite.tasks_of(grid)
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
     _require_full(axes, where)
     for point in itertools.product(*axes.values()):
         chosen = dict(zip(axes, point, strict=True))
