@@ -40,7 +40,7 @@ class Lava:
     """
 
     golden: int = 4
-    fitted: int = 64
+    fitted: int = 128
     fraction: int | None = None
 
     name: ClassVar[str] = "lava"

@@ -41,7 +41,7 @@ class NIR:
         fitted, fraction: as of the exporter `lava`.
     """
 
-    fitted: int = 64
+    fitted: int = 128
     fraction: int | None = None
 
     name: ClassVar[str] = "nir"

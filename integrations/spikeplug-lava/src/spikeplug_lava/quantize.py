@@ -20,8 +20,8 @@ from spikeplug_lava_runtime.format import CODES, STATE_LIMIT, WEIGHT_LIMIT, Bund
 from .integer import IntegerNetwork, emission
 from .lower import Edge, Population
 
-MARGIN = 1.25
-"""How many times the states seen on samples fit."""
+MARGIN = 2.0
+"""How many times the states seen on samples fit: one bit is spare."""
 
 FEWEST = 16
 """Magnitude that the largest weight of a population has at the least; below it 24 bits of state are too few."""
@@ -228,11 +228,11 @@ class Quantizer:
 
     def _passed_on(self, name: str, scaled: Tensor) -> list[dict[str, Any]]:
         """Operations that multiply by weights beyond 127: two in a row."""
-        times = torch.ceil(scaled.abs().max() / WEIGHT_LIMIT).clamp(1, WEIGHT_LIMIT)
+        times = torch.ceil(scaled.abs() / WEIGHT_LIMIT).clamp(1, WEIGHT_LIMIT)
         self.tensors[f"{name}.weight"] = _int8(scaled / times)
-        if times == 1:
+        if bool((times == 1).all()):
             return [{"op": "scale", "weight": f"{name}.weight"}]
-        self.tensors[f"{name}.times"] = _int8(times.reshape(1))
+        self.tensors[f"{name}.times"] = _int8(times)
         return [{"op": "scale", "weight": f"{name}.weight"}, {"op": "scale", "weight": f"{name}.times"}]
 
     def put(self, population: Population, key: str, value: Tensor) -> str:
