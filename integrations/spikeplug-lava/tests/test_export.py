@@ -360,3 +360,11 @@ def test_a_sample_that_does_not_fit_is_an_error():
     model = spikeplug.convert(net.eval(), "css", calibration=[x])
     with pytest.raises(ConversionError, match=r"a state needs \d+ bits on a sample.*-s fitted=32"):
         Lava(fitted=16).measured(model, [x[:16], 1000 * x[16:]])
+
+
+@pytest.mark.parametrize("recipe", ["css", "css-q", "bse"])
+def test_a_network_without_neurons(recipe):
+    torch.manual_seed(0)
+    x = torch.randn(32, 6)
+    net = nn.Sequential(nn.Linear(6, 3)).eval()
+    near(spikeplug.convert(net, recipe, calibration=[x], structure="graph", steps=8), x)

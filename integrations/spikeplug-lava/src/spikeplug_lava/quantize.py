@@ -86,8 +86,12 @@ class Quantizer:
         self.tensors: dict[str, Tensor] = {}
         self.layers: list[Layer] = []
         if self.code == "css":
-            neuron = next(each.neuron for each in populations if each.neuron is not None)
-            self.graph |= {"beta": BETAS[neuron.beta], "silent": neuron.silent}  # type: ignore[attr-defined]
+            neurons = [each.neuron for each in populations if each.neuron is not None]
+            # Without neurons there is the input's code alone.
+            beta = getattr(neurons[0] if neurons else self.encoder, "beta", None)
+            if beta not in BETAS:
+                raise ConversionError(f"beta={beta} is no shift and add: 1.5 and 2 are")
+            self.graph |= {"beta": BETAS[beta], "silent": getattr(neurons[0], "silent", 0) if neurons else 0}
         self.payload = 2 ** min(PAYLOAD_BITS, self.steps)
 
     def run(self, samples: Tensor, watch: Watch = unwatched) -> Bundle:
@@ -154,7 +158,7 @@ class Quantizer:
             wider = rules.widened(peaks) if wider is unit else None
         peak = int(peaks.max())
         kept = self._kept(described, channels)
-        self._require(rules, weights, kept, peak)
+        self._require(weights, kept, peak)
         self.graph["populations"].append(described)
         self.layers.append(
             Layer(
@@ -178,7 +182,7 @@ class Quantizer:
             found.append(torch.stack([_by_channel(each, channels) for each in weights]).amax(0))
         return found
 
-    def _require(self, rules: Any, weights: list[Tensor], kept: list[Tensor], peak: int) -> None:
+    def _require(self, weights: list[Tensor], kept: list[Tensor], peak: int) -> None:
         """Refuse what did not fit."""
         remedy = "convert it with fewer steps" + (
             ", beta=1.5, or export it with a smaller fraction" if self.code == "css" else ""
@@ -380,11 +384,7 @@ def _channels(population: Population, bias: Tensor | None) -> Tensor:
     """Largest magnitude of a bias by channel `[C]`."""
     if bias is None:
         return torch.zeros(population.shape[0], dtype=torch.float64)
-    return (
-        bias.double().abs().expand(population.shape).flatten(1).amax(1)
-        if len(population.shape) > 1
-        else (bias.double().abs().expand(population.shape))
-    )
+    return bias.double().abs().expand(population.shape).reshape(population.shape[0], -1).amax(1)
 
 
 def check_alike(populations: list[Population]) -> None:
@@ -416,11 +416,8 @@ def check_code(population: Population) -> None:
     for option in ("spikes", "mask"):
         if getattr(encoder, option, 0):
             raise ConversionError(f"'{name}': {option}={getattr(encoder, option)} has no integer form, {option}=0 has")
-    if neuron is not None:
-        if neuron.name not in ("tsa", "tsa-relu"):
-            raise ConversionError(f"'{name}': neuron '{neuron.name}' has no integer form: tsa and tsa-relu have")
-        if neuron.beta not in BETAS:  # type: ignore[attr-defined]
-            raise ConversionError(f"'{name}': beta={neuron.beta} is no shift and add: 1.5 and 2 are")  # type: ignore[attr-defined]
+    if neuron is not None and neuron.name not in ("tsa", "tsa-relu"):
+        raise ConversionError(f"'{name}': neuron '{neuron.name}' has no integer form: tsa and tsa-relu have")
 
 
 def _int8(weight: Tensor) -> Tensor:
