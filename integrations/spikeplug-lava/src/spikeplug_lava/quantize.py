@@ -155,7 +155,9 @@ class Quantizer:
             described |= rules.parameters(wider.max().expand(channels) if shared else wider)
             described["edges"] = self._edges(population, weights, rules.unit)
             spikes, peaks = self._network().step_in(described, fired, watched=True)
-            wider = rules.widened(peaks) if wider is unit else None
+            # Of few neurons the samples say little: they count as an ordinary one, those of a readout as the largest.
+            ordinary = peaks.max() if population.kind == "readout" else peaks.median()
+            wider = rules.widened(torch.maximum(peaks, ordinary)) if wider is unit else None
         peak = int(peaks.max())
         kept = self._kept(described, channels)
         self._require(weights, kept, peak)
@@ -259,7 +261,9 @@ class _Ternary:
         self.rectify = self.title == "tsa-relu"
         self.negative = getattr(population.neuron, "negative", True)
         self.fraction = MOST_FRACTION if quantizer.wanted is None else quantizer.wanted
-        self.fewest = self.fraction if quantizer.wanted is not None else 4 if self.beta == 1.5 else 1
+        # A readout only adds up: its rounding is never compared with a threshold.
+        fewest = 0 if self.readout else 4 if self.beta == 1.5 else 1
+        self.fewest = fewest if quantizer.wanted is None else self.fraction
         self.unit = torch.ones(())
 
     def _shaped(self, each: Tensor) -> Tensor:
