@@ -234,7 +234,7 @@ def test_the_network_says_what_it_is(exported):
     json.dumps(graph, allow_nan=False)
 
 
-def near(model, x, most: float = 0.06) -> None:
+def assert_near(model, x, most: float = 0.06) -> None:
     """The integer network is the converted one, but for the rounding of weights."""
     network, _ = Lava().measured(model, [x])
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_networks_of_every_kind(recipe, body):
         net.three.weight.data *= 0.02
     steps = {"css": 10, "bse": 8, "ttfs": 128, "rate": 64, "base2-round": 8}[recipe]
     x = torch.randn(48, 2, 8, 8)
-    near(spikeplug.convert(net.eval(), recipe, calibration=[x], steps=steps), x)
+    assert_near(spikeplug.convert(net.eval(), recipe, calibration=[x], steps=steps), x)
 
 
 def test_nir_holds_names_that_mean_something(tmp_path):
@@ -349,7 +349,7 @@ def test_dead_channels_do_not_stop_an_export():
     net.one.bias.data[1] = -30
     x = torch.randn(48, 2, 8, 8)
     for recipe, options in (("bse", {"steps": 8}), ("css", {}), ("rate", {})):
-        near(spikeplug.convert(copy.deepcopy(net).eval(), recipe, calibration=[x], **options), x)
+        assert_near(spikeplug.convert(copy.deepcopy(net).eval(), recipe, calibration=[x], **options), x)
 
 
 def test_a_sample_that_does_not_fit_is_an_error():
@@ -367,4 +367,4 @@ def test_a_network_without_neurons(recipe):
     torch.manual_seed(0)
     x = torch.randn(32, 6)
     net = nn.Sequential(nn.Linear(6, 3)).eval()
-    near(spikeplug.convert(net, recipe, calibration=[x], structure="graph", steps=8), x)
+    assert_near(spikeplug.convert(net, recipe, calibration=[x], structure="graph", steps=8), x)

@@ -14,7 +14,6 @@ from spikeplug.errors import ConversionError, OptionError
 from spikeplug_lava_runtime import Bundle, FormatError, load
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class IntegerNetwork(nn.Module):
@@ -173,23 +172,12 @@ class IntegerNetwork(nn.Module):
         return self._wide[key]
 
     def _linear(self, op: Mapping[str, Any], x: Tensor) -> Tensor:
-        kind = op["op"]
-        weight = self.tensor(op["weight"]).to(x.dtype) if "weight" in op else None
-        if kind == "reshape":
-            return x.reshape(len(x), *op["shape"])
-        if kind == "gather":
-            flat = F.pad(x.flatten(1), (1, 0))
-            return flat[:, self.tensor(op["index"]).flatten()].reshape(len(x), *op["shape"])
-        if kind == "sum_pool":
-            dims = len(op["kernel"])
-            # An average times the size of its window is rounded; a sum by convolution is not.
-            ones = torch.ones(x.shape[1], 1, *op["kernel"], dtype=x.dtype, device=x.device)
-            pooled: Tensor = CONVOLUTIONS[dims](x, ones, None, op["stride"], op["padding"], 1, x.shape[1])
-            return pooled
-        assert weight is not None
-        if kind == "scale":
+        if "weight" not in op:
+            return unweighted(op, x, self.tensor(op["index"]) if "index" in op else None)
+        weight = self.tensor(op["weight"]).to(x.dtype)
+        if op["op"] == "scale":
             return x * weight.reshape(-1, *[1] * (x.ndim - 2))
-        if kind == "linear":
+        if op["op"] == "linear":
             return F.linear(x, weight)
         conv: Tensor = CONVOLUTIONS[weight.ndim - 2](
             x, weight, None, op["stride"], op["padding"], op["dilation"], op["groups"]
@@ -229,6 +217,23 @@ class IntegerNetwork(nn.Module):
         """A parameter of neurons, int64; 0 where there is none."""
         name = population.get(key)
         return torch.zeros((), dtype=torch.int64) if name is None else self.tensor(name).to(torch.int64)
+
+
+def unweighted(op: Mapping[str, Any], x: Tensor, index: Tensor | None) -> Tensor:
+    """An operation without weights on a batch `[B, ...]`.
+
+    Args:
+        index: of a gather.
+    """
+    if op["op"] == "reshape":
+        return x.reshape(len(x), *op["shape"])
+    if op["op"] == "gather":
+        assert index is not None
+        return F.pad(x.flatten(1), (1, 0))[:, index.flatten()].reshape(len(x), *op["shape"])
+    # An average times the size of its window is rounded; a sum by convolution is not.
+    ones = torch.ones(x.shape[1], 1, *op["kernel"], dtype=x.dtype, device=x.device)
+    pooled: Tensor = CONVOLUTIONS[len(op["kernel"])](x, ones, None, op["stride"], op["padding"], 1, x.shape[1])
+    return pooled
 
 
 class TernaryScan:

@@ -19,7 +19,7 @@ from spikeplug.layers import SpikingLayer
 from spikeplug.network import SpikingGraph
 from spikeplug.site import Site
 
-from .integer import CONVOLUTIONS
+from .integer import unweighted
 
 RESERVED = ("image", "readout", "golden", "input", "output")
 """Names that mean something in the format, or in NIR's graphs."""
@@ -252,7 +252,7 @@ class _Lowering:
             return None
         plane = torch.zeros(1, *population.shape, dtype=torch.float64) + offset
         for op in value.tail if value.activation is not None or value.raw else ():
-            plane = through(op, plane)
+            plane = unweighted(op, plane, op.get("index"))
         return plane[0] * value.factor
 
     def _carried(self, population: Population, value: Value) -> list[Edge]:
@@ -350,7 +350,8 @@ class _Lowering:
         biases = [each.bias for each in values if each.bias is not None]
         bias: Tensor | None = None
         for each in biases:
-            bias = each if bias is None else _aligned(bias, each)
+            # Each is per channel, [C, 1, ...], or of the whole shape.
+            bias = each.double() if bias is None else bias + each.double()
         return Value(tuple(edge for each in values for edge in each.edges), bias)
 
     def _scaled(self, value: Value, factor: float) -> Value:
@@ -479,23 +480,6 @@ class _Lowering:
     def _read_out(self, value: Value, node: fx.Node) -> None:
         value = self.linear(node, value)
         self.populations.append(Population("readout", "readout", self.shape(fed(node)), value))
-
-
-def through(op: Mapping[str, Any], x: Tensor) -> Tensor:
-    """An operation without weights on real values `[B, ...]`."""
-    if op["op"] == "reshape":
-        return x.reshape(len(x), *op["shape"])
-    if op["op"] == "gather":
-        return F.pad(x.flatten(1), (1, 0))[:, op["index"].flatten().long()].reshape(len(x), *op["shape"])
-    dims = len(op["kernel"])
-    ones = torch.ones(x.shape[1], 1, *op["kernel"], dtype=x.dtype)
-    summed: Tensor = CONVOLUTIONS[dims](x, ones, None, op["stride"], op["padding"], 1, x.shape[1])
-    return summed
-
-
-def _aligned(one: Tensor, other: Tensor) -> Tensor:
-    """The sum of two biases, each per channel `[C, 1, ...]` or of the whole shape."""
-    return one.double() + other.double()
 
 
 def _tuple(value: Any, dims: int) -> list[int]:
