@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from spikeplug.errors import OptionError
 from spikeplug_bench import embedded, runner
 from spikeplug_bench.cell import run_cell, spec_of
 from spikeplug_bench.spec import Cell
@@ -163,3 +164,15 @@ def test_a_device_map_gives_the_same_perplexity(data):
     task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 4}
     one, mapped = _row(LM, data, task), _row({**LM, "device_map": "cpu"}, data, task)
     assert mapped["metrics"] == one["metrics"]
+
+
+def test_hub_model_needs_its_commit(data):
+    """What a branch holds may change, and the id of a cell with it."""
+    task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 2}
+    for source in ("org/tiny", "org/tiny@main"):
+        with pytest.raises(OptionError, match="it names no commit"):
+            runner.plan(_suite({**LM, "source": source}, recipe="bse", task=task), None, data, cache=data)
+    pinned = [_suite({**LM, "source": f"org/tiny@{digit * 40}"}, recipe="bse", task=task) for digit in "12"]
+    first, second = (set(runner.plan(suite, None, data, cache=data).specs) for suite in pinned)
+    assert len(first) == 2
+    assert not first & second

@@ -21,7 +21,7 @@ ALLOWED = {
     "spikeplug": {"torch", "numpy", "pluggy", "pydantic", "safetensors", "typer", "rich", "pytest", "hypothesis"},
     "plugin": {"spikeplug", "torch", "safetensors", "typer"},
     "integration": {"spikeplug", "torch", "safetensors", "typer", "rich"}
-    | {"transformers", "accelerate", "gguf", "jinja2", "matplotlib", "torchao"}
+    | {"transformers", "accelerate", "huggingface_hub", "gguf", "jinja2", "matplotlib", "torchao"}
     | {"torchvision", "timm", "PIL", "spikingjelly", "snntorch", "spikeplug_lava_runtime", "numpy", "nir", "h5py"},
     "runtime": {"numpy", "safetensors", "scipy", "lava", "sanafe"},
     "bench": {"spikeplug", "torch", "numpy", "safetensors", "typer", "rich", "pydantic", "yaml", "jinja2", "matplotlib"}

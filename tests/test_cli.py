@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -281,3 +283,28 @@ def test_eval_prints_energy_with_its_assumptions(cli, dense_folder, text, tmp_pa
     assert found["ratio"] > 0
     assert found["macs"] > 0
     assert found["acs"] > 0
+
+
+def test_hub_id_takes_a_revision_and_says_its_commit(cli, dense_folder, text, tmp_path, monkeypatch):
+    """Read from a hub's cache on disk, laid out as huggingface_hub does."""
+    one, two = "1" * 40, "2" * 40
+    repo = tmp_path / "hub" / "models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(two)
+    for commit in (one, two):
+        shutil.copytree(dense_folder, repo / "snapshots" / commit)
+    weights = repo / "snapshots" / one / "model.safetensors"
+    save_file({k: v * 0 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repo.parent))
+    found = {}
+    for source in ("org/tiny", f"org/tiny@{one}", f"org/tiny@{two}"):
+        code, found[source], err = cli("eval", source, "--ppl", text, "--seqlen", 32, "--max-tokens", 64, "--json")
+        assert not code, err
+    assert found["org/tiny"]["protocol"]["model"] == f"org/tiny@{two}"
+    assert found[f"org/tiny@{one}"]["protocol"]["model"] == f"org/tiny@{one}"
+    assert found["org/tiny"]["perplexity"] == found[f"org/tiny@{two}"]["perplexity"]
+    # Weights of zero say nothing: every token is as likely as any other.
+    assert found[f"org/tiny@{one}"]["perplexity"] == pytest.approx(256)
+    code, _, err = cli("eval", f"org/tiny@{'3' * 40}", "--ppl", text)
+    assert code == 1
+    assert "cannot read the model 'org/tiny@333" in err

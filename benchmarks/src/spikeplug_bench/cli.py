@@ -66,9 +66,9 @@ def run_command(
     if jobs < 1:
         raise OptionError(f"-j {jobs}: at least 1 is needed")
     where = _engine(engine, jobs, address, option)
-    if dry_run:
-        opened = Store(store, read_only=True) if store.exists() else None
-        plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
+    opened = None if dry_run and not store.exists() else Store(store, read_only=dry_run)
+    plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
+    if dry_run or opened is None:
         rows = [
             [each[:12], plan.cell(each).label(), "done" if each in plan.finished else "to run"] for each in plan.specs
         ]
@@ -77,8 +77,6 @@ def run_command(
         else:
             print_table(["cell", "what", "status"], rows)
         return
-    opened = Store(store)
-    plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
     if plan.stale and not force:
         typer.echo(
             f"warning: {len(plan.stale)} finished cells were measured with other code; --force redoes them", err=True
@@ -86,7 +84,7 @@ def run_command(
     total = len(plan.specs) if force else len(plan.left)
     with _bars(total) as (arrived, watch):
         rows_found = runner.run(
-            found, opened, folder, change=change, engine=where, force=force, arrived=arrived, watch=watch
+            found, opened, folder, change=change, planned=plan, engine=where, force=force, arrived=arrived, watch=watch
         )
     if as_json:
         print_json([dataclasses.asdict(row) for row in rows_found])

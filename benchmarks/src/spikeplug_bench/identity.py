@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,37 @@ def cell_id(cell: Cell, data: Path) -> str:
     """SHA-256 of the cell's canonical form, of the files it reads and of the versions that matter to it.
 
     Raises:
-        OptionError: a file is missing.
+        OptionError: a file is missing, or a model of a hub may change.
     """
     return digest([point_of(cell), inputs(cell, data), versions(cell)])
 
 
 def inputs(cell: Cell, data: Path) -> dict[str, str]:
-    """Files and folders that a cell reads, and the SHA-256 of what they hold. Raises OptionError."""
+    """Files and folders that a cell reads, and the SHA-256 of what they hold.
+
+    Raises:
+        OptionError: a file is missing, or a model of a hub may change.
+    """
     names: list[str | None] = [getattr(cell.task, key, None) for key in ("text", "images", "local")]
     costs = getattr(cell.task, "costs", "")
     names += [costs] if costs.endswith(".json") else []
     if cell.model:
         found = (data / cell.model.source).exists()
+        if not found and (isinstance(cell.task, LmEval) or getattr(cell.task, "text", None)):
+            _require_pinned(cell)
         names += [cell.model.source if found else None, cell.model.weights]
         names += [cell.model.calibration.text, cell.model.calibration.images] if cell.recipe != DENSE else []
     return {name: fingerprint(locate(name, data)) for name in names if name is not None} | _function(cell)
+
+
+def _require_pinned(cell: Cell) -> None:
+    """A model of a hub is of one commit: a branch may move under a cell that is done."""
+    source = cell.model.source if cell.model else ""
+    if "/" in source and not re.search(r"@[0-9a-f]{40}$", source):
+        raise OptionError(
+            f"model '{cell.name}': '{source}' is not in the data folder, and as a hub id it names no commit: write "
+            "it as ID@COMMIT, all 40 digits; the hub lists them, and `spikeplug eval ID` prints the one that it loaded"
+        )
 
 
 def _function(cell: Cell) -> dict[str, str]:

