@@ -107,7 +107,8 @@ def empty_row(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _measured(spec: dict[str, Any], cell: Cell, watch: Watch) -> tuple[Any, int | None]:
     """What the task finds, and the batch size where it had to be halved."""
-    from .tasks import Context, measure
+    from .networks import Context
+    from .tasks import measure
 
     halved: int | None = None
     halvings = 0 if "RANK" in os.environ else HALVINGS  # ranks must stay in step
@@ -174,7 +175,7 @@ def _cpu() -> str:
 
 def _under_torchrun(spec: dict[str, Any], cell: Cell, watch: Watch) -> str:
     """A cell of several ranks: `torchrun` runs them, the first one's row counts."""
-    from .tasks import Context, convert_for_ranks
+    from .networks import Context, convert_for_ranks
 
     try:
         if cell.model is not None and cell.model.parallel != "data":

@@ -86,6 +86,17 @@ class Row:
     error: str = ""
 
 
+@dataclasses.dataclass
+class Measured:
+    """What a task found: see `Row`."""
+
+    metrics: dict[str, Any]
+    protocol: dict[str, Any]
+    timing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One call of `spikeplug bench run`: which suite, with what changes, its cells' ids in order and models' names."""
