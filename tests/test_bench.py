@@ -11,10 +11,12 @@ import pytest
 from spikeplug.errors import OptionError
 from spikeplug_bench import embedded, runner
 from spikeplug_bench.cell import run_cell, spec_of
+from spikeplug_bench.harness import _scores
 from spikeplug_bench.spec import Cell
 from spikeplug_bench.store import DONE, Store
 from spikeplug_bench.suite import parse_suite
 from spikeplug_bench.tables import tables
+from spikeplug_bench.zeroshot import local_task
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="pip install lm_eval")
 LM = {"source": "dense", "calibration": {"text": "text.txt", "seqlen": 32, "tokens": 512}}
@@ -127,6 +129,55 @@ def test_answers_of_one_model_are_never_those_of_another(data):
     # Alone and without a cache the spiking model gives the same.
     alone = runner.run(suite, Store(data / "b.db"), data)
     assert alone[1].metrics == rows[1].metrics
+
+
+@needs_lm_eval
+def test_answers_of_scales_of_a_batch_are_not_kept(data):
+    """After a kill the rest of the items would stand in other batches, whose scales are others."""
+    task = {"kind": "lm-eval", "local": "zeroshot", "tasks": ["lambada_openai"]}
+    row = _row(LM, data, task, options={"granularity": "token"})
+    assert row["protocol"]["batch_invariant"] is False
+    assert not list((data / "cache").glob("answers*"))
+
+
+@needs_lm_eval
+def test_an_item_is_none_of_its_own_examples(data):
+    import lm_eval
+
+    task = local_task("piqa", data / "zeroshot")
+    found = lm_eval.simple_evaluate(model="dummy", tasks=[task], num_fewshot=4, bootstrap_iters=0, log_samples=True)
+    for sample in found["samples"]["piqa"]:
+        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.count("Question:") == 5
+        assert prompt.count(sample["doc"]["query"]) == 1
+
+
+def test_filters_of_a_task_are_figures_of_their_own():
+    answers = {"filtered_resps": ["18"]}
+    found = {
+        "results": {"gsm8k": {"exact_match,strict": 0.0, "exact_match,flexible": 0.5, "alias": "gsm8k"}},
+        "samples": {"gsm8k": [{"doc_id": item, **answers} for item in (0, 1, 0, 1)]},
+    }
+    metrics, detail = _scores(found)
+    assert metrics == {"gsm8k.exact_match.strict": 0.0, "gsm8k.exact_match.flexible": 0.5}
+    assert detail["items"] == {"gsm8k": 2}
+
+
+def test_statistics_behind_an_approximator_are_its_own(data):
+    """Sites behind ASNC see what it gives, and its steps are those of the code."""
+    task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 2}
+    both = runner.run(_suite(LM, recipe="laser", steps=[2, 8], task=task), Store(data / "a.db"), data)
+    alone = runner.run(_suite(LM, recipe="laser", steps=8, task=task), Store(data / "b.db"), data)
+    assert both[-1].cell["steps"] == 8
+    assert both[-1].metrics == alone[-1].metrics
+
+
+def test_the_seed_of_a_cell_is_that_of_a_rotation(data):
+    task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 2}
+    rows = [_row(LM, data, task, steps=4, options={"passes": ["rotate"]}, seed=seed) for seed in (0, 1, 1)]
+    assert rows[1]["metrics"] == rows[2]["metrics"] != rows[0]["metrics"]
+    assert [row["config"]["pass_options"]["rotate"]["seed"] for row in rows] == [0, 1, 1]
+    assert rows[0]["protocol"]["model"] == "dense"
 
 
 def test_scales_of_a_batch_are_marked(data):

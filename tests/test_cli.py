@@ -271,6 +271,10 @@ def test_convert_keeps_what_sites_saw_for_another_recipe(cli, dense_folder, text
     assert code == 1
     assert "was observed on another model: observe this one anew, into another file" in err
     assert not (tmp_path / "c").exists()
+    # LASER's sites see what its approximators give.
+    code, _, err = cli("convert", dense_folder, "--recipe", "laser", *common, "--out", tmp_path / "c")
+    assert code == 1
+    assert "was observed on other approximators" in err
 
 
 def test_eval_prints_energy_with_its_assumptions(cli, dense_folder, text, tmp_path):

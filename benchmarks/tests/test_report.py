@@ -190,6 +190,13 @@ def test_answers_are_compared_with_those_of_the_dense_model():
     assert table.rows[1] == ["bse", "25.0%", "25.00%", "50.0%", "not batch invariant"]
 
 
+def test_tasks_without_an_accuracy_have_their_own_figures():
+    row = _lm_row("dense", {"a.acc": 0.5, "a.acc_norm": 0.4, "b.exact_match.strict": 0.25}, {"stderr": {}})
+    table = tables(parse_suite(yaml.safe_load(TEXT)), [row])[0]
+    assert table.head == ["recipe", "a", "b.exact_match.strict"]
+    assert table.rows[0] == ["dense", "50.0%", "0.25"]
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_the_page(store, tmp_path, width):

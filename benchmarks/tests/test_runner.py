@@ -21,9 +21,10 @@ from spikeplug_bench import engines, runner, tasks
 from spikeplug_bench.cell import run_cell, spec_of
 from spikeplug_bench.spec import Cell
 from spikeplug_bench.store import DONE, Store
-from spikeplug_bench.suite import cells, overrides
+from spikeplug_bench.suite import cells, overrides, parse_suite
 from spikeplug_bench.tables import tables
 
+MODEL = {"source": "no model, so that its cells fail", "calibration": {"text": "t.txt"}}
 CLI = [sys.executable, "-m", "spikeplug", "bench"]
 
 
@@ -129,8 +130,11 @@ def test_other_versions_are_other_cells(codes, tmp_path, monkeypatch):
     runner.run(codes, store, tmp_path)
     monkeypatch.setattr("spikeplug_bench.identity._version", lambda name: "9.9")
     plan = runner.plan(codes, store, tmp_path, cache=tmp_path)
-    assert len(plan.left) == 6
+    assert len(plan.left) == len(plan.otherwise) == 6
+    assert "torch 9.9" not in plan.changed
+    assert any(each.startswith("torch ") and each.endswith(" -> 9.9") for each in plan.changed)
     runner.run(codes, store, tmp_path)
+    assert not runner.plan(codes, store, tmp_path, cache=tmp_path).otherwise
     rows = store.rows()
     assert len(rows) == 12
     assert len({row.point for row in rows}) == 6
@@ -183,6 +187,39 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(codes, tmp_path, monkey
     rows = runner.run(codes, Store(tmp_path / "a.db"), tmp_path, engine=engines.Processes(jobs=2))
     assert sorted(row.status for row in rows) == ["died"] * 2 + [DONE] * 4
     assert all(row.cell["steps"] == 8 for row in rows if row.status == "died")
+
+
+ORPHAN = """
+import os, time
+from spikeplug_bench.engines import Processes
+
+if __name__ == "__main__":
+    pool = Processes(jobs=1)._pool(1)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600)
+    time.sleep(600)
+"""
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_processes_end_with_a_driver_that_is_killed(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    driver = subprocess.Popen([sys.executable, tmp_path / "orphan.py"], stdout=subprocess.PIPE, text=True)
+    worker = int(driver.stdout.readline())
+    assert _lives(worker)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 30
+    while _lives(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _lives(worker)
 
 
 def test_an_engine_without_its_package_says_the_pip_line(monkeypatch):
@@ -276,6 +313,28 @@ def test_a_dry_run_runs_nothing(bench, codes_file, tmp_path):
     planned = json.loads(bench("run", codes_file, "--dry-run", "--json")[1])
     assert [each["status"] for each in planned] == ["to run"] * 6
     assert not (tmp_path / "spikeplug-bench.db").exists()
+    bench("run", codes_file, "-s", "steps=4")
+    forced = json.loads(bench("run", codes_file, "--dry-run", "--force", "--json")[1])
+    assert [each["status"] for each in forced] == ["to run"] * 6
+
+
+def test_data_of_the_runner_are_found_whatever_the_variable_says(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIKEPLUG_DATA", str(tmp_path))
+    monkeypatch.setattr("spikeplug_bench.embedded.prepare", lambda: tmp_path / "made")
+    assert f"is not in the data folder {tmp_path / 'made'}" in bench("run", "smoke", "--dry-run")[2]
+    assert f"is not in the data folder {tmp_path}:" in bench("run", "smoke", "--dry-run", "--data", tmp_path)[2]
+
+
+def test_figures_of_another_suite_have_the_name_that_their_model_has_here(tmp_path):
+    def suite(name: str):
+        grid = {"model": name, "recipe": "dense", "task": {"kind": "perplexity", "text": "t.txt"}}
+        return parse_suite({"format": 1, "name": name, "title": "T", "models": {name: MODEL}, "grids": [grid]})
+
+    (tmp_path / "t.txt").write_text("a text")
+    store = Store(tmp_path / "a.db")
+    for name in ("one", "two"):
+        assert [row.name for row in runner.run(suite(name), store, tmp_path)] == [name]
+    assert len(store.rows()) == 1
 
 
 def test_run_report_and_lists(bench, codes_file):

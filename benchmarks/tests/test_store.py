@@ -93,6 +93,39 @@ def test_a_full_disk_costs_no_committed_row(tmp_path):
     again.put(_row("new"))
 
 
+def test_a_store_that_is_damaged_is_one_line(tmp_path):
+    path = tmp_path / "a.db"
+    store = Store(path)
+    for index in range(40):
+        store.put(_row(str(index), detail={"long": "x" * 4000}))
+    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40960] + b"\xff" * (len(whole) - 40960))
+    with pytest.raises(BundleError, match=r"cannot read the store .*\.recover"):
+        Store(path, read_only=True).rows()
+
+
+def test_a_store_in_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.db"
+    store = Store(path)
+    store.put(_row("1"))
+    store.close()
+    really = Store._open
+
+    def refuse(self, read_only, how):
+        if how == "mode=ro":
+            raise sqlite3.OperationalError("attempt to write a readonly database")
+        really(self, read_only, how)
+
+    monkeypatch.setattr(Store, "_open", refuse)
+    assert Store(path, read_only=True).rows() == [_row("1")]
+    # What is in a log that cannot be read would be missing.
+    (tmp_path / "a.db-wal").write_bytes(b"x")
+    with pytest.raises(OptionError, match="readonly"):
+        Store(path, read_only=True)
+
+
 def _write(path: str, worker: int, rows: int) -> None:
     store = Store(path)
     for index in range(rows):

@@ -268,3 +268,45 @@ def test_a_task_has_a_name():
     data["grids"][0]["task"] = "cod"
     with pytest.raises(OptionError, match=r"grids.0: no task 'cod', did you mean 'code'\? Tasks: code"):
         cells(parse_suite(data))
+
+
+def test_axes_that_mean_nothing_make_no_cells():
+    """A dense network has no steps and no options, a code alone no device: their cells would be equal."""
+    data = yaml.safe_load(TEXT)
+    data["grids"] = [
+        {"model": "net", "recipe": ["dense", "rate"], "steps": [4, 8], "options": {"percentile": [99.0, 100.0]},
+         "task": {"kind": "accuracy", "images": "val"}},
+        {"task": {"kind": "reconstruction", "encoder": "rate"}, "device": ["cpu", "cuda"]},
+    ]  # fmt: skip
+    found = cells(parse_suite(data))
+    assert [cell.recipe for cell in found].count(DENSE) == 1
+    assert [cell.recipe for cell in found].count("rate") == 4
+    assert [cell.device for cell in found if cell.task.kind == "reconstruction"] == ["cpu"]
+
+
+def test_axes_that_nothing_uses_are_refused(codes):
+    for word in ("recipe=bse", "model=net", "device=cuda"):
+        with pytest.raises(OptionError, match="this suite is about codes alone"):
+            cells(codes, overrides([word]))
+    with pytest.raises(OptionError, match=r"'steps' is given twice: write steps=value,value"):
+        overrides(["steps=4", "steps=8"])
+
+
+def test_ranks_that_hold_one_model_count_no_energy():
+    model = {"source": "a", "parallel": "tensor", "calibration": {"text": "t.txt"}}
+    grid = {"model": "net", "recipe": "rate", "ranks": 2, "task": {"kind": "energy", "text": "t.txt"}}
+    suite = parse_suite({"format": 1, "name": "a", "title": "A", "models": {"net": model}, "grids": [grid]})
+    with pytest.raises(OptionError, match="counts spikes, of which each of 2 ranks sees a part"):
+        cells(suite)
+
+
+def test_an_id_changes_with_images_behind_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "val").symlink_to(tmp_path / "elsewhere")
+    found = set()
+    for image in ("one", "two"):
+        (tmp_path / "elsewhere" / "a.png").write_text(image)
+        identity.fingerprint.cache_clear()
+        found.add(identity.fingerprint(tmp_path / "images"))
+    assert len(found) == 2

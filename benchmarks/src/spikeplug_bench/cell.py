@@ -9,7 +9,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def _run(spec: dict[str, Any], cell: Cell, watch: Watch) -> dict[str, Any]:
         if batch_size is not None:
             row["protocol"]["batch_size"] = f"{batch_size}, halved: larger ones did not fit into memory"
     except Exception as error:  # whatever it is, the sweep goes on and the row says it
-        row |= {"status": "oom" if _out_of_memory(error) else "error", "error": _said(error)}
+        row |= _failed(error)
     row["hardware"] = _hardware(cell.device)
     row["seconds"] = time.perf_counter() - start
     return row
@@ -125,9 +127,15 @@ def _measured(spec: dict[str, Any], cell: Cell, watch: Watch) -> tuple[Any, int 
     raise AssertionError("unreachable")
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _failed(error: Exception) -> dict[str, str]:
+    return {"status": "oom" if _out_of_memory(error) else "error", "error": _said(error)}
+
+
+def _out_of_memory(error: BaseException) -> bool:
     import torch
 
+    if error.__cause__ is not None and _out_of_memory(error.__cause__):
+        return True
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -181,20 +189,33 @@ def _under_torchrun(spec: dict[str, Any], cell: Cell, watch: Watch) -> str:
         if cell.model is not None and cell.model.parallel != "data":
             convert_for_ranks(Context(cell, spec["id"], Path(spec["data"]), Path(spec["cache"]), watch))
     except Exception as error:
-        return json.dumps(empty_row(spec) | {"error": _said(error)})
-    with tempfile.TemporaryDirectory() as folder:
+        return json.dumps(empty_row(spec) | _failed(error))
+    # Nothing is ever written to this pipe: ranks end when this process, and with it the other end, is gone.
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as stdin, os.fdopen(theirs, "w"), tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "cell.json", Path(folder) / "row.json"
         given.write_text(json.dumps(spec))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cell.ranks}"]
         command += ["-m", "spikeplug_bench.cell", str(given), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False)
         if out.is_file():
             return out.read_text()
         last = [line for line in done.stderr.splitlines() if "Error" in line][:1] or done.stderr.splitlines()[-1:]
         return json.dumps(empty_row(spec) | {"status": "died", "error": f"torchrun {cell.ranks}: {''.join(last)}"})
 
 
+def end_with(gone: Callable[[], object]) -> None:
+    """End this process as soon as a call returns: nothing runs on behind a driver that was killed."""
+
+    def watch() -> None:
+        gone()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _main() -> None:
+    end_with(sys.stdin.read)
     given, out = map(Path, sys.argv[1:])
     row = run_cell(given.read_text())
     if os.environ.get("RANK", "0") == "0":

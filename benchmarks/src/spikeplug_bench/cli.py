@@ -35,6 +35,7 @@ Setting = Annotated[
 
 @app.command("run")
 def run_command(
+    context: typer.Context,
     suite: Suite,
     store: StorePath = STORE,
     data: Data = None,
@@ -61,7 +62,7 @@ def run_command(
     from .store import DONE, Store
     from .suite import read_suite
 
-    found, folder = read_suite(suite), _data(suite, data)
+    found, folder = read_suite(suite), _data(context, suite, data)
     change = _change(setting, limit=limit, batch_size=batch_size, seed=seed, device=device, dtype=dtype)
     if jobs < 1:
         raise OptionError(f"-j {jobs}: at least 1 is needed")
@@ -70,7 +71,8 @@ def run_command(
     plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
     if dry_run or opened is None:
         rows = [
-            [each[:12], plan.cell(each).label(), "done" if each in plan.finished else "to run"] for each in plan.specs
+            [each[:12], plan.cell(each).label(), "done" if each in plan.finished and not force else "to run"]
+            for each in plan.specs
         ]
         if as_json:
             print_json([dict(zip(("id", "cell", "status"), row, strict=True)) for row in rows])
@@ -80,6 +82,12 @@ def run_command(
     if plan.stale and not force:
         typer.echo(
             f"warning: {len(plan.stale)} finished cells were measured with other code; --force redoes them", err=True
+        )
+    if plan.otherwise:
+        typer.echo(
+            f"note: {len(plan.otherwise)} cells are in the store as measured with "
+            f"{', '.join(plan.changed) or 'other files'}; those rows stay, and these cells are run",
+            err=True,
         )
     total = len(plan.specs) if force else len(plan.left)
     with _bars(total) as (arrived, watch):
@@ -155,7 +163,7 @@ def schema_command() -> None:
 
 
 @app.command("show")
-def show_command(suite: Suite, data: Data = None, setting: Setting = None, as_json: Json = False) -> None:
+def show_command(suite: Suite, setting: Setting = None, as_json: Json = False) -> None:
     """Print the cells of a suite with every choice resolved. Nothing is run, and the data need not be there."""
     from .suite import cells, overrides, read_suite
 
@@ -166,12 +174,14 @@ def show_command(suite: Suite, data: Data = None, setting: Setting = None, as_js
         print_table(["cell"], [[cell.label()] for cell in found])
 
 
-def _data(suite: str, data: Path | None) -> Path:
-    if data is None:
-        from .embedded import NAMES, prepare
+def _data(context: typer.Context, suite: str, data: Path | None) -> Path:
+    from .embedded import NAMES, prepare
 
-        # Suites whose data come with the runner need no folder.
-        return prepare() if suite in NAMES else Path.cwd()
+    source = context.get_parameter_source("data")
+    if suite in NAMES and (source is None or source.name != "COMMANDLINE"):
+        return prepare()  # suites whose data come with the runner need no folder, whatever the variable says
+    if data is None:
+        return Path.cwd()
     if not data.is_dir():
         raise OptionError(f"--data {data}: it is no folder")
     return data.absolute()

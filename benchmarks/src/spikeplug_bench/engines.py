@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.errors import OptionError
 
-from .cell import empty_row, run_cell
+from .cell import empty_row, end_with, run_cell
 
 
 @dataclasses.dataclass
@@ -67,21 +67,28 @@ class Local(Engine):
 TIMED = "throughput"
 
 
+def _timed_apart(specs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Cells that measure no time, and those that do, which beside others would measure those too."""
+    found: tuple[list[str], list[str]] = ([], [])
+    for spec in specs:
+        found[json.loads(spec)["cell"]["task"]["kind"] == TIMED].append(spec)
+    return found
+
+
 @dataclasses.dataclass
 class Processes(Engine):
     """In `jobs` processes of this machine. What one that dies was running is tried again alone.
 
-    Cells that measure time come last and one at a time: beside others they would measure those too.
+    Cells that measure time come last and one at a time. Processes end with this one, however it ends.
     """
 
     name: ClassVar[str] = "processes"
 
     def run(self, specs: Sequence[str], watch: Watch = unwatched) -> Iterator[str]:
-        kinds = [json.loads(spec)["cell"]["task"]["kind"] for spec in specs]
-        yield from self._together([spec for spec, kind in zip(specs, kinds, strict=True) if kind != TIMED])
-        for spec, kind in zip(specs, kinds, strict=True):
-            if kind == TIMED:
-                yield self._alone(spec)
+        others, timed = _timed_apart(specs)
+        yield from self._together(others)
+        for spec in timed:
+            yield self._alone(spec)
 
     def _together(self, specs: Sequence[str]) -> Iterator[str]:
         waiting, suspects = list(specs), list[str]()
@@ -109,7 +116,7 @@ class Processes(Engine):
     def _pool(self, jobs: int) -> concurrent.futures.ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        return concurrent.futures.ProcessPoolExecutor(jobs, context, _limit_threads, (threads,))
+        return concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (threads,))
 
     def _alone(self, spec: str) -> str:
         with self._pool(1) as pool:
@@ -119,8 +126,11 @@ class Processes(Engine):
                 return died(spec, "its process ended without a word: killed, or out of memory")
 
 
-def _limit_threads(threads: int) -> None:
-    """Share the cores among processes, which would slow each other down otherwise."""
+def _begin(threads: int) -> None:
+    """Begin a process of a pool: it ends with the driver, and takes its share of the cores."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    end_with(driver.join)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
 
@@ -129,7 +139,7 @@ def _limit_threads(threads: int) -> None:
 
 @dataclasses.dataclass
 class Ray(Engine):
-    """On a Ray cluster; a cell whose node is lost is tried again elsewhere.
+    """On a Ray cluster; a cell whose node is lost is tried again elsewhere. Cells that measure time come last, alone.
 
     Attributes:
         address: of the cluster; None: one on this machine.
@@ -150,8 +160,12 @@ class Ray(Engine):
             started = {"address": self.address} if self.address else {"address": "local", "include_dashboard": False}
             ray.init(**started, log_to_driver=False)
         remote = ray.remote(num_cpus=1, num_gpus=self.gpus, max_retries=self.retries)(run_cell)
+        others, timed = _timed_apart(specs)
+        yield from self._together(ray, remote, others, self.jobs if self.jobs > 1 else len(others))
+        yield from self._together(ray, remote, timed, 1)
+
+    def _together(self, ray: Any, remote: Any, specs: Sequence[str], jobs: int) -> Iterator[str]:
         left, running = list(specs), dict[Any, str]()
-        jobs = self.jobs if self.jobs > 1 else len(left)
         while left or running:
             while left and len(running) < jobs:
                 spec = left.pop(0)

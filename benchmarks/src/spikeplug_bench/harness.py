@@ -38,8 +38,10 @@ def lm_eval_scores(context: Context, task: LmEval) -> Measured:
     context.watch(", ".join(task.tasks), 0, None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = _watched(HFLM, context)(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
-    # The key of lm-eval's cache of answers names no model, so every cell has a file of its own.
-    answers = str(context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}")
+    # The key of lm-eval's cache of answers names no model, so every cell has a file of its own. What is left after a
+    # kill is put into other batches, so where scales depend on the batch, or ranks must stay in step, none is kept.
+    keeps = (config is None or config.build()[0].static) and not split(cell)
+    answers = str(context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}") if keeps else None
     # Its bootstrap forks this process, which torch's threads do not survive; spreads are computed below.
     found: Any = lm_eval.simple_evaluate(
         model=model, tasks=wanted, num_fewshot=task.fewshot, limit=task.limit, use_cache=answers,
@@ -64,12 +66,13 @@ def _scores(found: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     detail: dict[str, Any] = {"stderr": {}, "predictions": {}, "items": {}}
     for name, scores in sorted(found["results"].items()):
         for key, value in scores.items():
-            metric, _, _ = key.partition(",")
+            metric, _, way = key.partition(",")
             if isinstance(value, (int, float)) and metric != "alias" and not metric.endswith("_stderr"):
-                metrics[f"{name}.{metric}"] = value
-        items = found["samples"].get(name)  # a group of tasks has none of its own
-        if items is None:
+                metrics[f"{name}.{metric}" + (f".{way}" if way not in ("", "none") else "")] = value
+        if name not in found["samples"]:  # a group of tasks has none of its own
             continue
+        # An item has a sample for each of its task's filters.
+        items = list({sample["doc_id"]: sample for sample in found["samples"][name]}.values())
         detail["items"][name] = len(items)
         for metric in ("acc", "acc_norm"):
             if f"{name}.{metric}" in metrics:

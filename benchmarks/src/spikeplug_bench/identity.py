@@ -7,7 +7,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,25 @@ def inputs(cell: Cell, data: Path) -> dict[str, str]:
     Raises:
         OptionError: a file is missing, or a model of a hub may change.
     """
-    names: list[str | None] = [getattr(cell.task, key, None) for key in ("text", "images", "local")]
+    names = [getattr(cell.task, key, None) for key in ("text", "images", "local")]
     costs = getattr(cell.task, "costs", "")
-    names += [costs] if costs.endswith(".json") else []
-    if cell.model:
-        found = (data / cell.model.source).exists()
-        if not found and (isinstance(cell.task, LmEval) or getattr(cell.task, "text", None)):
-            _require_pinned(cell)
-        names += [cell.model.source if found else None, cell.model.weights]
-        names += [cell.model.calibration.text, cell.model.calibration.images] if cell.recipe != DENSE else []
-    return {name: fingerprint(locate(name, data)) for name in names if name is not None} | _function(cell)
+    return _fingerprints([*names, costs if costs.endswith(".json") else None], data) | network_inputs(cell, data)
+
+
+def network_inputs(cell: Cell, data: Path) -> dict[str, str]:
+    """The part of `inputs` that makes the network, whatever is measured of it. Raises OptionError."""
+    if cell.model is None:
+        return {}
+    found = (data / cell.model.source).exists()
+    if not found and (isinstance(cell.task, LmEval) or getattr(cell.task, "text", None)):
+        _require_pinned(cell)
+    names = [cell.model.source if found else None, cell.model.weights]
+    names += [cell.model.calibration.text, cell.model.calibration.images] if cell.recipe != DENSE else []
+    return _fingerprints(names, data) | _function(cell)
+
+
+def _fingerprints(names: Sequence[str | None], data: Path) -> dict[str, str]:
+    return {name: fingerprint(locate(name, data)) for name in names if name is not None}
 
 
 def _require_pinned(cell: Cell) -> None:
@@ -96,7 +107,9 @@ def fingerprint(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(each for each in path.rglob("*") if each.is_file())
+    # Folders of images are often links.
+    every = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    files = sorted(each for each in every if each.is_file())
     if sum(each.stat().st_size for each in files) > LARGE:
         known: list[list[Any]] = [[each.stat().st_size, each.stat().st_mtime_ns] for each in files]
     else:

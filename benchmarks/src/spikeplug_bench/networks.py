@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import spikeplug
+from spikeplug import plugins
 from spikeplug.architecture import Opened, Placement, Watch
 from spikeplug.cli import language, vision
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
 
-from .identity import canonical, code_digest, digest, inputs, locate, versions
+from .identity import canonical, code_digest, digest, locate, network_inputs, versions
 from .spec import DENSE, Cell
 
 
@@ -50,8 +51,13 @@ def forget() -> None:
 
 
 def conversion(cell: Cell) -> ConversionConfig | None:
-    """The conversion of a cell with every choice resolved; None: not converted."""
-    return None if cell.recipe == DENSE else ConversionConfig.resolve(str(cell.recipe), cell.all_options)
+    """The conversion of a cell with every choice resolved, its seed that of passes that draw; None: not converted."""
+    if cell.recipe == DENSE:
+        return None
+    config = ConversionConfig.resolve(str(cell.recipe), cell.all_options)
+    drawing = [name for name in config.passes if hasattr(plugins.get_class("pass", name), "seed")]
+    seeded = {name: {"seed": cell.seed, **config.pass_options.get(name, {})} for name in drawing}
+    return config.model_copy(update={"pass_options": config.pass_options | seeded})
 
 
 def _key(context: Context) -> str:
@@ -64,7 +70,9 @@ def _key(context: Context) -> str:
 
 def _state(context: Context) -> list[Any]:
     """What else a network that is kept depends on: files, versions, source code."""
-    return [inputs(context.cell, context.data), versions(context.cell), code_digest()]
+    # The harness measures networks and makes none.
+    known = {name: version for name, version in versions(context.cell).items() if name != "lm_eval"}
+    return [network_inputs(context.cell, context.data), known, code_digest()]
 
 
 def _device(cell: Cell) -> str:
@@ -136,12 +144,13 @@ def convert_for_ranks(context: Context) -> None:
 def _observed(context: Context, config: ConversionConfig) -> Path:
     """File of what the sites saw, which conversions of the same sites share."""
     same = config.model_dump(
-        mode="json",
-        include={"passes", "pass_options", "include", "exclude", "approximators", "approximator_options", "samples"},
+        mode="json", include={"passes", "pass_options", "include", "exclude", "approximators", "samples"}
     )
     cell = context.cell
     assert cell.model is not None
-    key = [same, cell.model.model_dump(mode="json"), cell.dtype, cell.device, inputs(cell, context.data), code_digest()]
+    # Sites behind an approximator see what it gives: its options count too, also those that follow the encoder's.
+    same["built"] = repr(config.build_approximators())
+    key = [same, cell.model.model_dump(mode="json"), cell.dtype, cell.device, *_state(context)]
     context.cache.mkdir(parents=True, exist_ok=True)
     return context.cache / f"observed-{digest(key)[:16]}.safetensors"
 
@@ -180,6 +189,7 @@ def described(context: Context, config: ConversionConfig | None, model: Any) -> 
     tensors = list(model.parameters())
     dtypes = {str(each.dtype).removeprefix("torch.") for each in tensors}
     found: dict[str, Any] = {
+        "model": cell.model.source + (f", weights {cell.model.weights}" if cell.model.weights else ""),
         "device": ", ".join(sorted({str(each.device) for each in tensors})),
         "dtype": ", ".join(sorted(dtypes)),
         "seed": cell.seed,

@@ -13,7 +13,7 @@ from spikeplug.architecture import Watch, unwatched
 
 from .cell import spec_of
 from .engines import Engine, Local
-from .identity import code_digest
+from .identity import code_digest, point_of
 from .spec import Cell
 from .store import DONE, Row, Run, Store
 from .suite import Axis, Suite, cells
@@ -27,11 +27,15 @@ class Plan:
         specs: what `run_cell` takes, by id, in order.
         finished: ids that are done.
         stale: finished ones that were measured with other source code of the same version.
+        otherwise: ids that are not done, but as the same point of a suite are: with other versions or other files.
+        changed: versions that differ there, as `torch 2.10.0 -> 2.11.0`.
     """
 
     specs: dict[str, dict[str, Any]]
     finished: frozenset[str]
     stale: frozenset[str]
+    otherwise: frozenset[str] = frozenset()
+    changed: tuple[str, ...] = ()
 
     @property
     def left(self) -> list[str]:
@@ -56,10 +60,24 @@ def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = No
         SpikeplugError: a cell cannot be what it says.
     """
     specs = [spec_of(cell, data, cache) for cell in cells(suite, change)]
-    known = store.statuses() if store else {}
-    finished = {spec["id"] for spec in specs if known.get(spec["id"], ("",))[0] == DONE}
-    stale = {each for each in finished if known[each][1] != code_digest()}
-    return Plan({spec["id"]: spec for spec in specs}, frozenset(finished), frozenset(stale))
+    statuses = store.statuses() if store else {}
+    finished = {spec["id"] for spec in specs if statuses.get(spec["id"], ("",))[0] == DONE}
+    stale = {each for each in finished if statuses[each][1] != code_digest()}
+    known = store.points() if store else {}
+    before = {
+        spec["id"]: others
+        for spec in specs
+        if spec["id"] not in finished and (others := known.get(point_of(Cell.model_validate(spec["cell"]))))
+    }
+    by_id = {spec["id"]: spec for spec in specs}
+    changed = {
+        f"{name} {then.get(name, 'none')} -> {now}"
+        for each, others in before.items()
+        for then in others.values()
+        for name, now in by_id[each]["versions"].items()
+        if then.get(name) != now
+    }
+    return Plan(by_id, frozenset(finished), frozenset(stale), frozenset(before), tuple(sorted(changed)))
 
 
 def run(
@@ -109,7 +127,8 @@ def run(
             arrived(row)
     finally:
         engine.close()
-    return store.rows(list(found.specs))
+    # A row that another suite measured has the name that its model has there.
+    return [dataclasses.replace(row, name=names[row.id]) for row in store.rows(list(found.specs))]
 
 
 def cache_of(store: Path) -> Path:

@@ -132,15 +132,22 @@ class Store:
         if not read_only and not path.parent.is_dir():
             raise OptionError(f"cannot write the store {path}: its folder does not exist")
         try:
-            where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-            self._connection = sqlite3.connect(where, uri=True, timeout=60, isolation_level=None)
-            self._open(read_only)
+            try:
+                self._open(read_only, "mode=ro" if read_only else "mode=rwc")
+            except sqlite3.OperationalError:
+                # SQLite reads a WAL store only where it can write beside it, unless it is told that nobody else writes.
+                log = path.with_name(f"{path.name}-wal")
+                if not read_only or (log.exists() and log.stat().st_size):
+                    raise
+                self._open(read_only, "immutable=1")
         except sqlite3.OperationalError as error:
             raise OptionError(f"cannot open the store {path}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise BundleError(f"{path} is no store of results: {error}") from None
 
-    def _open(self, read_only: bool) -> None:
+    def _open(self, read_only: bool, how: str) -> None:
+        where = f"{self.path.absolute().as_uri()}?{how}"
+        self._connection = sqlite3.connect(where, uri=True, timeout=60, isolation_level=None)
         self._connection.execute("PRAGMA synchronous=FULL")
         if self._version() == 0 and read_only:
             raise BundleError(f"{self.path} is no store of results")
@@ -223,20 +230,35 @@ class Store:
             self._connection.execute(f"INSERT INTO runs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def runs(self) -> list[Run]:
-        """All runs, oldest first."""
+        """All runs, oldest first. Raises BundleError where the file is damaged."""
         columns = "started, suite, version, definition, overrides, cells"
-        found = self._connection.execute(f"SELECT {columns} FROM runs ORDER BY number").fetchall()
+        found = self._read(f"SELECT {columns} FROM runs ORDER BY number")
         return [Run(*row[:3], *map(json.loads, row[3:])) for row in found]
 
     def rows(self, ids: Sequence[str] | None = None) -> list[Row]:
-        """Rows of these ids that there are, in their order; by default all."""
-        found = self._connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM cells ORDER BY name, id").fetchall()
+        """Rows of these ids that there are, in their order; by default all. Raises BundleError."""
+        found = self._read(f"SELECT {', '.join(_COLUMNS)} FROM cells ORDER BY name, id")
         rows = {row[0]: self._row(row) for row in found}
         return list(rows.values()) if ids is None else [rows[each] for each in ids if each in rows]
 
     def statuses(self) -> dict[str, tuple[str, str]]:
-        """Id -> status and code of every row."""
-        return {row[0]: (row[1], row[2]) for row in self._connection.execute("SELECT id, status, code FROM cells")}
+        """Id -> status and code of every row. Raises BundleError."""
+        return {row[0]: (row[1], row[2]) for row in self._read("SELECT id, status, code FROM cells")}
+
+    def points(self) -> dict[str, dict[str, dict[str, str]]]:
+        """Point of a suite -> id -> versions, of every row that is done. Raises BundleError."""
+        found: dict[str, dict[str, dict[str, str]]] = {}
+        for point, id, versions in self._read("SELECT point, id, versions FROM cells WHERE status = ?", (DONE,)):
+            found.setdefault(point, {})[id] = json.loads(versions)
+        return found
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        try:
+            return self._connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise BundleError(
+                f"cannot read the store {self.path}: {error}. `sqlite3 {self.path} .recover` saves what can be read"
+            ) from None
 
     def _row(self, values: Sequence[Any]) -> Row:
         given = dict(zip(_COLUMNS, values, strict=True))

@@ -222,6 +222,8 @@ def overrides(words: Sequence[str]) -> Axis:
         key, equals, text = word.partition("=")
         if not equals:
             raise OptionError(f"'-s {word}': write it as -s key=value, or key=value,value for several")
+        if key in found:
+            raise OptionError(f"'-s {word}': '{key}' is given twice: write {key}=value,value for several values")
         if key not in fields and key not in of_tasks and not re.fullmatch(r"options\.\w+", key):
             known = [*fields, *of_tasks, "options.NAME"]
             raise OptionError(f"unknown axis '{key}'{nearest(key, known)} Axes: {listed(known)}")
@@ -281,6 +283,12 @@ def _require_used(change: Axis, found: Sequence[Cell]) -> None:
     for key in change:
         if key.startswith("task.") and not any(key[5:] in type(cell.task).model_fields for cell in found):
             raise OptionError(f"'{key}': no task of this suite has '{key[5:]}'")
+        if not key.startswith("task.") and all(isinstance(cell.task, Reconstruction) for cell in found):
+            of_codes = ("steps", "seed")
+            if key not in of_codes and not key.startswith("options."):
+                raise OptionError(
+                    f"'{key}': this suite is about codes alone, which have {listed(of_codes)} and options"
+                )
 
 
 def _points(suite: Suite, number: int, grid: Grid, change: Axis) -> Iterator[Cell]:
@@ -312,12 +320,22 @@ def _points(suite: Suite, number: int, grid: Grid, change: Axis) -> Iterator[Cel
         for recipe, task in itertools.product(_recipes(recipes, model), wanted):
             data = {**chosen, "options": options, "task": task, "name": name or "code", "recipe": recipe}
             data["model"] = model
+            data |= _nothing_of(data)
             try:
                 cell = Cell.model_validate(data)
             except pydantic.ValidationError as error:
                 raise OptionError(f"{where}: {_first(error, Cell)}") from None
             _require_whole(cell, where)
             yield cell
+
+
+def _nothing_of(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Axes that mean nothing to a point, so that equal cells are one: of a dense network, of a code alone."""
+    if point["recipe"] == DENSE:
+        return {"steps": None, "options": {}, "execution": None}
+    if point["task"]["kind"] == "reconstruction":
+        return {"device": "cpu", "execution": None}
+    return {}
 
 
 def _recipes(name: Any, model: Model | None) -> list[Any]:
@@ -385,5 +403,7 @@ def _require_whole(cell: Cell, where: str) -> None:
     if cell.dtype != "auto" and (about_code or getattr(cell.task, "images", None)):
         raise OptionError(f"{where}: dtype '{cell.dtype}' is for language models")
     shares = cell.model is not None and (cell.model.parallel != "data" or isinstance(cell.task, LmEval))
+    if cell.ranks > 1 and isinstance(cell.task, Energy):
+        raise OptionError(f"{where}: the task 'energy' counts spikes, of which each of {cell.ranks} ranks sees a part")
     if cell.ranks > 1 and not shares:
         raise OptionError(f"{where}: ranks of parallel 'data' share the items of 'lm-eval', not of '{cell.task.kind}'")

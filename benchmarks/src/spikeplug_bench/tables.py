@@ -196,12 +196,16 @@ def _perplexity(suite: Suite, rows: list[Row]) -> list[Column]:
 
 
 def _lm_eval(suite: Suite, rows: list[Row]) -> list[Column]:
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics if name.endswith(".acc")))
+    every = list(dict.fromkeys(name for row in rows for name in row.metrics if "." in name))
+    with_accuracy = {name.partition(".")[0] for name in every if name.endswith(".acc")}
+    names = [name for name in every if name.endswith(".acc") or name.partition(".")[0] not in with_accuracy]
 
     def score(name: str) -> Callable[[Row], str]:
         def text(row: Row) -> str:
             if name not in row.metrics:
                 return ""
+            if not name.endswith(".acc"):
+                return f"{row.metrics[name]:.4g}"
             spread = row.detail["stderr"].get(name)
             return f"{row.metrics[name]:.1%}" + (f" ± {spread:.1%}" if isinstance(spread, float) else "")
 

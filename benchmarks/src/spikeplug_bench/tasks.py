@@ -66,7 +66,7 @@ def _perplexity(context: Context, task: Perplexity) -> Measured:
     )
     if split(context.cell):
         found = {key: value for key, value in found.items() if key != "energy"}
-    protocol = {**found["protocol"], **described(context, config, opened.model), "model": context.cell.name}
+    protocol = {**found["protocol"], **described(context, config, opened.model)}
     protocol |= {"energy": found["energy"]["assumptions"]} if "energy" in found else {}
     metrics = {"perplexity": found["perplexity"], **_figures(found, "token")}
     timing = {"tokens_per_second": found["tokens_per_second"]}

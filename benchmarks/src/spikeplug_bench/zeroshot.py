@@ -46,6 +46,7 @@ def local_task(name: str, folder: Path) -> dict[str, Any]:
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(file)}},
         "test_split": "test",
+        "fewshot_split": "test",  # said, so that lm-eval keeps the item itself out of its examples
         "metadata": {"version": 1.0},
     }
     if name == "lambada_openai":

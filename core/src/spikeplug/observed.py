@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spikeplug.config import config_of
+from spikeplug.config import ConversionConfig, config_of
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.files import draft_of
 from spikeplug.site import Coder
@@ -63,7 +63,7 @@ def load_observed(
 
     Raises:
         BundleError: the file is not there, damaged, none of ours, or newer than this release.
-        CalibrationError: it is of another model, other passes or other calibration data.
+        CalibrationError: it is of another model, other passes or approximators, or other calibration data.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
@@ -90,14 +90,22 @@ def _identity(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
     return {
         "model": fingerprint(model),
         "passes": json.dumps([config.passes, config.pass_options], sort_keys=True),
+        "approximators": _approximations(config),
         "calibration": _digest(_tensors(batches)),
     }
+
+
+def _approximations(config: ConversionConfig) -> str:
+    """What stands in for operations while sites are observed, and where: sites behind it see what it gives."""
+    built = {name: each for name, each in config.build_approximators().items() if name != "exact"}
+    return json.dumps([config.approximators, repr(built), config.include, config.exclude]) if built else "exact"
 
 
 def _compare(path: object, said: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     remedies = {
         "model": "another model",
         "passes": f"the passes {said['passes']}, not {now['passes']}",
+        "approximators": "other approximators, or the same with other options",
         "calibration": "other calibration data",
     }
     for key, what in remedies.items():
