@@ -147,7 +147,7 @@ def test_an_item_is_none_of_its_own_examples(data):
     task = local_task("piqa", data / "zeroshot")
     found = lm_eval.simple_evaluate(model="dummy", tasks=[task], num_fewshot=4, bootstrap_iters=0, log_samples=True)
     for sample in found["samples"]["piqa"]:
-        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+        prompt = sample["arguments"][0][0]
         assert prompt.count("Question:") == 5
         assert prompt.count(sample["doc"]["query"]) == 1
 
