@@ -132,12 +132,31 @@ def test_answers_of_one_model_are_never_those_of_another(data):
 
 
 @needs_lm_eval
-def test_answers_of_scales_of_a_batch_are_not_kept(data):
-    """After a kill the rest of the items would stand in other batches, whose scales are others."""
-    task = {"kind": "lm-eval", "local": "zeroshot", "tasks": ["lambada_openai"]}
-    row = _row(LM, data, task, options={"granularity": "token"})
-    assert row["protocol"]["batch_invariant"] is False
-    assert not list((data / "cache").glob("answers*"))
+def test_a_cell_that_is_stopped_goes_on_in_the_same_batches(data):
+    task = {"kind": "lm-eval", "local": "zeroshot", "tasks": ["hellaswag", "piqa", "winogrande"], "batch_size": 4}
+    given = {"name": "net", "model": LM, "recipe": "bse", "steps": 4, "options": {"granularity": "tensor"}}
+    cell = Cell.model_validate({**given, "task": task})
+    batches: list[int] = []
+
+    def run(cache: str, until: int = 10**9):
+        batches.clear()
+
+        def watch(stage, done, of):
+            if stage == "batches":
+                batches.append(done)
+                if done > until:
+                    raise KeyboardInterrupt
+
+        return json.loads(run_cell(json.dumps(spec_of(cell, data, data / cache)), watch))
+
+    whole, every = run("whole"), len(batches)
+    for until in (3, 5):
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", until)
+    resumed = run("stopped")
+    assert len(batches) == every - 3 - 5 < every
+    assert (resumed["metrics"], resumed["detail"]) == (whole["metrics"], whole["detail"])
+    assert len(list((data / "stopped").glob("answers*"))) == 1
 
 
 @needs_lm_eval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -38,10 +39,10 @@ def lm_eval_scores(context: Context, task: LmEval) -> Measured:
     context.watch(", ".join(task.tasks), 0, None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = _watched(HFLM, context)(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
-    # The key of lm-eval's cache of answers names no model, so every cell has a file of its own. What is left after a
-    # kill is put into other batches, so where scales depend on the batch, or ranks must stay in step, none is kept.
-    keeps = (config is None or config.build()[0].static) and not split(cell)
-    answers = str(context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}") if keeps else None
+    # The key of lm-eval's cache of answers names no model, so every cell has a file of its own. Ranks that hold one
+    # model must run the same batches, of which a kill may leave each of them others: they keep none.
+    file = context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}-{task.batch_size}"
+    answers = None if split(cell) else str(file)
     # Its bootstrap forks this process, which torch's threads do not survive; spreads are computed below.
     found: Any = lm_eval.simple_evaluate(
         model=model, tasks=wanted, num_fewshot=task.fewshot, limit=task.limit, use_cache=answers,
@@ -107,9 +108,11 @@ def _spread(share: float, items: int) -> float:
 
 
 def _watched(base: Any, context: Context) -> Any:
-    """HFLM that says how far it is, and under `torchrun` takes its share of the items.
+    """HFLM that says how far it is, keeps answers by whole batches, and under `torchrun` takes its share of the items.
 
-    Given a model and not a name, lm-eval's own would let every rank take all of them.
+    Batches follow the order of lengths. With a part of a batch on disk a killed cell would go on in other batches, and
+    give other figures: sums are rounded otherwise, and some scales are those of a batch. Given a model and not a name,
+    lm-eval's own would let every rank take all items.
     """
     shares = context.cell.ranks > 1 and not split(context.cell)
     if shares and not torch.cuda.is_available():
@@ -118,6 +121,8 @@ def _watched(base: Any, context: Context) -> Any:
 
     class Watched(base):  # type: ignore[misc]
         calls = 0
+        kept: Any = None  # what answers are kept in, and those of the batch that runs
+        waiting: dict[str, Any]
 
         def __init__(self, **given: Any) -> None:
             super().__init__(**given)
@@ -127,9 +132,28 @@ def _watched(base: Any, context: Context) -> Any:
                 self.accelerator = Accelerator()
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
+        def set_cache_hook(self, hook: Any) -> None:
+            super().set_cache_hook(hook)
+            self.kept, self.waiting = hook.dbdict, {}
+            hook.dbdict = self.waiting
+
         def _model_call(self, *given: Any, **named: Any) -> Any:
+            self._begin_batch()
+            return super()._model_call(*given, **named)
+
+        def _model_generate(self, *given: Any, **named: Any) -> Any:
+            self._begin_batch()
+            return super()._model_generate(*given, **named)
+
+        def _begin_batch(self) -> None:
+            if self.kept is not None and self.waiting:
+                marks = ", ".join(["(?, ?)"] * len(self.waiting))
+                pairs = ((self.kept.encode_key(key), self.kept.encode(value)) for key, value in self.waiting.items())
+                # One statement is on disk as a whole, or not at all.
+                statement = f"REPLACE INTO {self.kept.tablename} (key, value) VALUES {marks}"
+                self.kept.conn.execute(statement, [*itertools.chain.from_iterable(pairs)])
+                self.waiting.clear()
             self.calls += 1
             context.watch("batches", self.calls, None)
-            return super()._model_call(*given, **named)
 
     return Watched
