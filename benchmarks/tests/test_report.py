@@ -92,6 +92,10 @@ def test_markdown_has_tables_with_their_protocol(store, tmp_path):
     assert all(line.count("|") == rows[0].count("|") for line in rows)
     assert sum("| 5.00e-01 |" in row for row in rows) == 1
     assert any("range: known, [0, 1]" in line for line in lines)
+    # What holds for some rows only is said too.
+    codes = next(line for line in lines if line.startswith("* code, by row: "))
+    assert "rate 2: Rate" in codes
+    assert "rate 8: Rate" in codes
 
 
 def test_csv_has_every_figure(store, tmp_path):

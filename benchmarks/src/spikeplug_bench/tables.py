@@ -31,6 +31,7 @@ class Table:
 
     Attributes:
         protocol: what holds for all of its rows.
+        parted: what does not: key of a protocol -> value -> the rows that it holds for.
     """
 
     title: str
@@ -38,7 +39,7 @@ class Table:
     rows: list[list[str]]
     ids: list[str]
     protocol: dict[str, Any]
-    note: str = ""
+    parted: dict[str, dict[str, list[str]]]
 
 
 def chapters(store: Store, only: Sequence[str] | None = None) -> list[Chapter]:
@@ -124,7 +125,14 @@ def _table(suite: Suite, rows: list[Row]) -> Table:
     task = rows[0].cell["task"]
     title = f"{rows[0].name}: {kind}" if rows[0].cell["model"] else f"{kind}, {task['distribution']} values"
     head = [columns[index][0] for index in kept]
-    return Table(title, head, [[row[index] for index in kept] for row in cells], [row.id for row in rows], common)
+    labels = [" ".join(texts[index] for index in kept if index < len(first) and texts[index]) for texts in cells]
+    parted: dict[str, dict[str, list[str]]] = {}
+    for row, label in zip(rows, labels, strict=True):
+        # These have columns.
+        for key in sorted(row.protocol.keys() - common.keys() - {"steps", "batch_invariant", *PLAIN}):
+            parted.setdefault(key, {}).setdefault(flat(row.protocol[key]), []).append(label)
+    texts = [[row[index] for index in kept] for row in cells]
+    return Table(title, head, texts, [row.id for row in rows], common, parted)
 
 
 def _common(protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
