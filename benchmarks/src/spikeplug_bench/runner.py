@@ -59,25 +59,21 @@ def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = No
     Raises:
         SpikeplugError: a cell cannot be what it says.
     """
-    specs = [spec_of(cell, data, cache) for cell in cells(suite, change)]
+    specs = {spec["id"]: spec for spec in (spec_of(cell, data, cache) for cell in cells(suite, change))}
     statuses = store.statuses() if store else {}
-    finished = {spec["id"] for spec in specs if statuses.get(spec["id"], ("",))[0] == DONE}
+    finished = {each for each in specs if statuses.get(each, ("",))[0] == DONE}
     stale = {each for each in finished if statuses[each][1] != code_digest()}
     known = store.points() if store else {}
-    before = {
-        spec["id"]: others
-        for spec in specs
-        if spec["id"] not in finished and (others := known.get(point_of(Cell.model_validate(spec["cell"]))))
-    }
-    by_id = {spec["id"]: spec for spec in specs}
+    points = {each: point_of(Cell.model_validate(specs[each]["cell"])) for each in specs if each not in finished}
+    otherwise = {each: known[point] for each, point in points.items() if point in known}
     changed = {
         f"{name} {then.get(name, 'none')} -> {now}"
-        for each, others in before.items()
+        for each, others in otherwise.items()
         for then in others.values()
-        for name, now in by_id[each]["versions"].items()
+        for name, now in specs[each]["versions"].items()
         if then.get(name) != now
     }
-    return Plan(by_id, frozenset(finished), frozenset(stale), frozenset(before), tuple(sorted(changed)))
+    return Plan(specs, frozenset(finished), frozenset(stale), frozenset(otherwise), tuple(sorted(changed)))
 
 
 def run(
