@@ -137,6 +137,11 @@ def _watched(base: Any, context: Context) -> Any:
             self.kept, self.waiting = hook.dbdict, {}
             hook.dbdict = self.waiting
 
+        def _loglikelihood_tokens(self, *given: Any, **named: Any) -> Any:
+            found = super()._loglikelihood_tokens(*given, **named)
+            self._keep()  # lm-eval would write those of the last batch one by one
+            return found
+
         def _model_call(self, *given: Any, **named: Any) -> Any:
             self._begin_batch()
             return super()._model_call(*given, **named)
@@ -146,6 +151,11 @@ def _watched(base: Any, context: Context) -> Any:
             return super()._model_generate(*given, **named)
 
         def _begin_batch(self) -> None:
+            self._keep()
+            self.calls += 1
+            context.watch("batches", self.calls, None)
+
+        def _keep(self) -> None:
             if self.kept is not None and self.waiting:
                 marks = ", ".join(["(?, ?)"] * len(self.waiting))
                 pairs = ((self.kept.encode_key(key), self.kept.encode(value)) for key, value in self.waiting.items())
@@ -153,7 +163,5 @@ def _watched(base: Any, context: Context) -> Any:
                 statement = f"REPLACE INTO {self.kept.tablename} (key, value) VALUES {marks}"
                 self.kept.conn.execute(statement, [*itertools.chain.from_iterable(pairs)])
                 self.waiting.clear()
-            self.calls += 1
-            context.watch("batches", self.calls, None)
 
     return Watched

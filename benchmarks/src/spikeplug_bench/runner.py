@@ -69,7 +69,7 @@ def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = No
     changed = {
         f"{name} {then.get(name, 'none')} -> {now}"
         for each, others in otherwise.items()
-        for then in others.values()
+        for then in others
         for name, now in specs[each]["versions"].items()
         if then.get(name) != now
     }
@@ -123,8 +123,7 @@ def run(
             arrived(row)
     finally:
         engine.close()
-    # A row that another suite measured has the name that its model has there.
-    return [dataclasses.replace(row, name=names[row.id]) for row in store.rows(list(found.specs))]
+    return store.named(names)
 
 
 def cache_of(store: Path) -> Path:

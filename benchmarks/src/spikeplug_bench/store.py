@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,15 +241,19 @@ class Store:
         rows = {row[0]: self._row(row) for row in found}
         return list(rows.values()) if ids is None else [rows[each] for each in ids if each in rows]
 
+    def named(self, names: Mapping[str, str]) -> list[Row]:
+        """Rows of a suite, whose names of models by id these are: another suite may have measured a row. As `rows`."""
+        return [dataclasses.replace(row, name=names[row.id]) for row in self.rows(list(names))]
+
     def statuses(self) -> dict[str, tuple[str, str]]:
         """Id -> status and code of every row. Raises BundleError."""
         return {row[0]: (row[1], row[2]) for row in self._read("SELECT id, status, code FROM cells")}
 
-    def points(self) -> dict[str, dict[str, dict[str, str]]]:
-        """Point of a suite -> id -> versions, of every row that is done. Raises BundleError."""
-        found: dict[str, dict[str, dict[str, str]]] = {}
-        for point, id, versions in self._read("SELECT point, id, versions FROM cells WHERE status = ?", (DONE,)):
-            found.setdefault(point, {})[id] = json.loads(versions)
+    def points(self) -> dict[str, list[dict[str, str]]]:
+        """Point of a suite -> versions of every row of it that is done. Raises BundleError."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for point, versions in self._read("SELECT point, versions FROM cells WHERE status = ?", (DONE,)):
+            found.setdefault(point, []).append(json.loads(versions))
         return found
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:

@@ -57,8 +57,7 @@ def chapters(store: Store, only: Sequence[str] | None = None) -> list[Chapter]:
     found = []
     for name, run in last.items():
         if not only or name in only:
-            # A row that another suite measured has the name that its model has there.
-            rows = [dataclasses.replace(row, name=run.cells[row.id]) for row in store.rows(list(run.cells))]
+            rows = store.named(run.cells)
             found.append(Chapter(parse_suite(run.definition, name), run, rows, len(run.cells) - len(rows)))
     return found
 
