@@ -107,6 +107,16 @@ def _spread(share: float, items: int) -> float:
     return math.sqrt(share * (1 - share) / max(1, items - 1))
 
 
+def _write_whole(kept: Any, answers: dict[str, Any]) -> None:
+    """Move answers into lm-eval's SqliteDict by one statement, which is on disk as a whole or not at all."""
+    if answers:
+        marks = ", ".join(["(?, ?)"] * len(answers))
+        pairs = ((kept.encode_key(key), kept.encode(value)) for key, value in answers.items())
+        statement = f"REPLACE INTO {kept.tablename} (key, value) VALUES {marks}"
+        kept.conn.execute(statement, [*itertools.chain.from_iterable(pairs)])
+        answers.clear()
+
+
 def _watched(base: Any, context: Context) -> Any:
     """HFLM that says how far it is, keeps answers by whole batches, and under `torchrun` takes its share of the items.
 
@@ -156,12 +166,7 @@ def _watched(base: Any, context: Context) -> Any:
             context.watch("batches", self.calls, None)
 
         def _keep(self) -> None:
-            if self.kept is not None and self.waiting:
-                marks = ", ".join(["(?, ?)"] * len(self.waiting))
-                pairs = ((self.kept.encode_key(key), self.kept.encode(value)) for key, value in self.waiting.items())
-                # One statement is on disk as a whole, or not at all.
-                statement = f"REPLACE INTO {self.kept.tablename} (key, value) VALUES {marks}"
-                self.kept.conn.execute(statement, [*itertools.chain.from_iterable(pairs)])
-                self.waiting.clear()
+            if self.kept is not None:
+                _write_whole(self.kept, self.waiting)
 
     return Watched
