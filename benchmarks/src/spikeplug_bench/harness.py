@@ -131,10 +131,10 @@ def _watched(base: Any, context: Context) -> Any:
 
     class Watched(base):  # type: ignore[misc]
         calls = 0
-        kept: Any = None  # what answers are kept in, and those of the batch that runs
-        waiting: dict[str, Any]
 
         def __init__(self, **given: Any) -> None:
+            self.kept: Any = None  # what answers are kept in
+            self.waiting: dict[str, Any] = {}  # those of the batch that runs
             super().__init__(**given)
             if shares:
                 from accelerate import Accelerator
@@ -149,7 +149,7 @@ def _watched(base: Any, context: Context) -> Any:
 
         def _loglikelihood_tokens(self, *given: Any, **named: Any) -> Any:
             found = super()._loglikelihood_tokens(*given, **named)
-            self._keep()  # lm-eval would write those of the last batch one by one
+            _write_whole(self.kept, self.waiting)  # lm-eval would write those of the last batch one by one
             return found
 
         def _model_call(self, *given: Any, **named: Any) -> Any:
@@ -161,12 +161,8 @@ def _watched(base: Any, context: Context) -> Any:
             return super()._model_generate(*given, **named)
 
         def _begin_batch(self) -> None:
-            self._keep()
+            _write_whole(self.kept, self.waiting)
             self.calls += 1
             context.watch("batches", self.calls, None)
-
-        def _keep(self) -> None:
-            if self.kept is not None:
-                _write_whole(self.kept, self.waiting)
 
     return Watched
