@@ -136,20 +136,22 @@ def test_a_cell_that_is_stopped_goes_on_in_the_same_batches(data):
     task = {"kind": "lm-eval", "local": "zeroshot", "tasks": ["hellaswag", "piqa", "winogrande"], "batch_size": 4}
     given = {"name": "net", "model": LM, "recipe": "bse", "steps": 4, "options": {"granularity": "tensor"}}
     cell = Cell.model_validate({**given, "task": task})
-    batches: list[int] = []
+    batches: list[tuple[int, int]] = []
 
     def run(cache: str, until: int = 10**9):
         batches.clear()
 
         def watch(stage, done, of):
-            if stage == "batches":
-                batches.append(done)
-                if done > until:
+            if stage == "requests":
+                batches.append((done, of))
+                if len(batches) > until:
                     raise KeyboardInterrupt
 
         return json.loads(run_cell(json.dumps(spec_of(cell, data, data / cache)), watch))
 
     whole, every = run("whole"), len(batches)
+    assert batches[0][0] == 0
+    assert batches[-1][0] == batches[-1][1]
     for until in (3, 5):
         with pytest.raises(KeyboardInterrupt):
             run("stopped", until)

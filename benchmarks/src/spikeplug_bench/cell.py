@@ -48,10 +48,6 @@ def run_cell(text: str, watch: Watch = unwatched) -> str:
     Returns:
         JSON of a `store.Row`.
     """
-    # Bars of other libraries would run through ours, and through the rows of a log.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     spec = json.loads(text)
     cell = Cell.model_validate(spec["cell"])
     if cell.ranks > 1 and "RANK" not in os.environ:

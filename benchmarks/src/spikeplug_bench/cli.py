@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +16,10 @@ from spikeplug.errors import OptionError
 
 if TYPE_CHECKING:
     from .engines import Engine
+    from .runner import Plan
     from .store import Row
     from .suite import Axis
+    from .suite import Suite as SuiteFile
 
 app = typer.Typer(no_args_is_help=True, help="Measure codes and networks side by side, in suites that can be rerun.")
 
@@ -58,6 +61,10 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run a suite. The same command goes on where it was stopped; what is finished is not run again."""
+    # Bars of other libraries would run through ours, and through the rows of a log. Said before any is imported, which
+    # is when they look; processes of engines inherit it.
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     from . import runner
     from .store import DONE, Store
     from .suite import read_suite
@@ -70,42 +77,21 @@ def run_command(
     opened = None if dry_run and not store.exists() else Store(store, read_only=dry_run)
     plan = runner.plan(found, opened, folder, change, cache=runner.cache_of(store))
     if dry_run or opened is None:
-        rows = [
-            [each[:12], plan.cell(each).label(), "done" if each in plan.finished and not force else "to run"]
-            for each in plan.specs
-        ]
-        if as_json:
-            print_json([dict(zip(("id", "cell", "status"), row, strict=True)) for row in rows])
-        else:
-            print_table(["cell", "what", "status"], rows)
+        _print_plan(plan, force, as_json)
         return
-    if plan.stale and not force:
-        typer.echo(
-            f"warning: {len(plan.stale)} finished cells were measured with other code; --force redoes them", err=True
-        )
-    if plan.otherwise:
-        typer.echo(
-            f"note: {len(plan.otherwise)} cells are in the store as measured with "
-            f"{', '.join(plan.changed) or 'other files'}; those rows stay, and these cells are run",
-            err=True,
-        )
-    total = len(plan.specs) if force else len(plan.left)
-    with _bars(total) as (arrived, watch):
-        rows_found = runner.run(
+    _warn(plan, force)
+    with _bars(len(plan.specs) if force else len(plan.left)) as (arrived, watch):
+        rows = runner.run(
             found, opened, folder, change=change, planned=plan, engine=where, force=force, arrived=arrived, watch=watch
         )
     if as_json:
-        print_json([dataclasses.asdict(row) for row in rows_found])
+        print_json([dataclasses.asdict(row) for row in rows])
     else:
-        from .tables import text_tables
-
-        for title, head, rows in text_tables(found, rows_found):
-            typer.echo(f"\n{title}")
-            print_table(head, rows)
-    bad = [row for row in rows_found if row.status != DONE]
+        _print_tables(found, rows)
+    bad = [row for row in rows if row.status != DONE]
     for row in bad:
         typer.echo(f"{row.status}: {_label(row)}: {row.error}", err=True)
-    typer.echo(f"{len(rows_found) - len(bad)} of {len(plan.specs)} cells in {store}", err=True)
+    typer.echo(f"{len(rows) - len(bad)} of {len(plan.specs)} cells in {store}", err=True)
     if bad:
         raise typer.Exit(1)
 
@@ -137,9 +123,7 @@ def report_command(
     elif not any(writers.values()):
         for chapter in chapters:
             typer.echo(f"\n{chapter.suite.title}")
-            for title, head, rows in tables.text_tables(chapter.suite, chapter.rows):
-                typer.echo(f"\n{title}")
-                print_table(head, rows)
+            _print_tables(chapter.suite, chapter.rows)
 
 
 @app.command("ls")
@@ -221,6 +205,39 @@ def _engine(name: str | None, jobs: int, address: str | None, option: list[str] 
         found = error.errors()[0]
         raise OptionError(f"-o {found['loc'][0]}={found['input']}: {found['msg']}") from None
     return engine
+
+
+def _print_plan(plan: Plan, force: bool, as_json: bool) -> None:
+    rows = [
+        [each[:12], plan.cell(each).label(), "done" if each in plan.finished and not force else "to run"]
+        for each in plan.specs
+    ]
+    if as_json:
+        print_json([dict(zip(("id", "cell", "status"), row, strict=True)) for row in rows])
+    else:
+        print_table(["cell", "what", "status"], rows)
+
+
+def _warn(plan: Plan, force: bool) -> None:
+    """Say what the store has that is not quite what is asked for."""
+    if plan.stale and not force:
+        typer.echo(
+            f"warning: {len(plan.stale)} finished cells were measured with other code; --force redoes them", err=True
+        )
+    if plan.otherwise:
+        typer.echo(
+            f"note: {len(plan.otherwise)} cells are in the store as measured with "
+            f"{', '.join(plan.changed) or 'other files'}; those rows stay, and these cells are run",
+            err=True,
+        )
+
+
+def _print_tables(suite: SuiteFile, rows: list[Row]) -> None:
+    from .tables import text_tables
+
+    for title, head, lines in text_tables(suite, rows):
+        typer.echo(f"\n{title}")
+        print_table(head, lines)
 
 
 def _label(row: Row) -> str:

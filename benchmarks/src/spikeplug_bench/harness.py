@@ -130,7 +130,8 @@ def _watched(base: Any, context: Context) -> Any:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
     class Watched(base):  # type: ignore[misc]
-        calls = 0
+        answered = 0  # of the requests that run
+        of: int | None = None
 
         def __init__(self, **given: Any) -> None:
             self.kept: Any = None  # what answers are kept in
@@ -147,22 +148,30 @@ def _watched(base: Any, context: Context) -> Any:
             self.kept, self.waiting = hook.dbdict, {}
             hook.dbdict = self.waiting
 
-        def _loglikelihood_tokens(self, *given: Any, **named: Any) -> Any:
-            found = super()._loglikelihood_tokens(*given, **named)
-            _write_whole(self.kept, self.waiting)  # lm-eval would write those of the last batch one by one
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+            self.answered, self.of = 0, len(requests)
+            found = super()._loglikelihood_tokens(requests, True, override_bs)
+            self._end_batch()  # lm-eval itself would write the answers of the last one singly
+            return found
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            self.answered, self.of = 0, len(requests)
+            found = super().generate_until(requests, True)
+            self._end_batch()
             return found
 
         def _model_call(self, *given: Any, **named: Any) -> Any:
-            self._begin_batch()
+            self._end_batch()
             return super()._model_call(*given, **named)
 
         def _model_generate(self, *given: Any, **named: Any) -> Any:
-            self._begin_batch()
+            self._end_batch()
             return super()._model_generate(*given, **named)
 
-        def _begin_batch(self) -> None:
+        def _end_batch(self) -> None:
+            """Of the batch before."""
+            self.answered += len(self.waiting)
             _write_whole(self.kept, self.waiting)
-            self.calls += 1
-            context.watch("batches", self.calls, None)
+            context.watch("requests", self.answered, self.of)
 
     return Watched
