@@ -173,6 +173,18 @@ def test_every_row_is_compared_with_its_own_twin():
     assert [row[3] for row in table.rows] == ["", "+10.00%", "", "+10.00%"]
 
 
+def test_what_holds_for_some_rows_is_said_of_those():
+    rows = [_lm_row("dense", {}, {"predictions": {}}, device="cpu")]
+    for recipe, code in (("bse", "BSE"), ("laser", "BSE"), ("rate", "Rate")):
+        rows.append(_lm_row(recipe, {}, {"predictions": {}}, device="cpu", calibration="text.txt", code=code))
+    table = tables(parse_suite(yaml.safe_load(TEXT)), rows)[0]
+    assert table.protocol == {"device": "cpu"}
+    assert table.parted == {
+        "calibration": {"text.txt": "all but dense"},
+        "code": {"BSE": "bse, laser", "Rate": "rate"},
+    }
+
+
 def test_lines_of_a_figure_are_told_apart_by_their_options(store):
     rows = [row for row in store.rows() if row.status == "done"]
     other = [dataclasses.replace(row, id=f"{row.id}x", cell={**row.cell, "options": {"signed": False}}) for row in rows]

@@ -26,7 +26,7 @@ def write_markdown(found: Sequence[Chapter], path: Path) -> None:
         for table in tables(chapter.suite, chapter.rows):
             lines += [f"## {table.title}", "", *_markdown(table.head, table.rows), "", said(table.protocol), ""]
             for key, values in table.parted.items():
-                each = "; ".join(f"{', '.join(labels)}: {value}" for value, labels in values.items())
+                each = "; ".join(f"{rows}: {value}" for value, rows in values.items())
                 lines.append(f"* {key.replace('_', ' ')}, by row: {each}")
             lines += [""] if table.parted else []
         if chapter.suite.compare:

@@ -31,7 +31,7 @@ class Table:
 
     Attributes:
         protocol: what holds for all of its rows.
-        parted: what does not: key of a protocol -> value -> the rows that it holds for.
+        parted: what does not: key of a protocol -> value -> the rows that it holds for, in words.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Table:
     rows: list[list[str]]
     ids: list[str]
     protocol: dict[str, Any]
-    parted: dict[str, dict[str, list[str]]]
+    parted: dict[str, dict[str, str]]
 
 
 def chapters(store: Store, only: Sequence[str] | None = None) -> list[Chapter]:
@@ -124,14 +124,34 @@ def _table(suite: Suite, rows: list[Row]) -> Table:
     task = rows[0].cell["task"]
     title = f"{rows[0].name}: {kind}" if rows[0].cell["model"] else f"{kind}, {task['distribution']} values"
     head = [columns[index][0] for index in kept]
-    labels = [" ".join(texts[index] for index in kept if index < len(first) and texts[index]) for texts in cells]
-    parted: dict[str, dict[str, list[str]]] = {}
+    labels = _labels([[row[index] for index in kept if index < len(first)] for row in cells])
+    texts = [[row[index] for index in kept] for row in cells]
+    return Table(title, head, texts, [row.id for row in rows], common, _parted(rows, labels, common))
+
+
+def _labels(names: Sequence[Sequence[str]]) -> list[str]:
+    """What rows are called: as many of their first columns as tell them apart."""
+    labels: list[str] = []
+    for width in range(1, len(names[0]) + 1):
+        labels = [" ".join(text for text in row[:width] if text) for row in names]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _parted(rows: Sequence[Row], labels: Sequence[str], common: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What holds for some rows only, and for which."""
+    found: dict[str, dict[str, list[str]]] = {}
     for row, label in zip(rows, labels, strict=True):
         # These have columns.
         for key in sorted(row.protocol.keys() - common.keys() - {"steps", "batch_invariant", *PLAIN}):
-            parted.setdefault(key, {}).setdefault(flat(row.protocol[key]), []).append(label)
-    texts = [[row[index] for index in kept] for row in cells]
-    return Table(title, head, texts, [row.id for row in rows], common, parted)
+            found.setdefault(key, {}).setdefault(flat(row.protocol[key]), []).append(label)
+
+    def words(holders: list[str]) -> str:
+        others = [label for label in labels if label not in holders]
+        return "all but " + ", ".join(others) if 2 * len(others) < len(holders) else ", ".join(holders)
+
+    return {key: {value: words(holders) for value, holders in values.items()} for key, values in found.items()}
 
 
 def _common(protocols: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
