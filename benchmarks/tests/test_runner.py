@@ -140,6 +140,17 @@ def test_other_versions_are_other_cells(codes, tmp_path, monkeypatch):
     assert len({row.point for row in rows}) == 6
 
 
+def test_a_file_that_changes_between_two_calls_is_seen(tmp_path):
+    grid = {"model": "net", "recipe": "dense", "task": {"kind": "accuracy", "images": "images"}}
+    suite = parse_suite({"format": 1, "name": "a", "title": "a", "models": {"net": {"source": "m:f"}}, "grids": [grid]})
+    (tmp_path / "images").mkdir()
+    found = set()
+    for text in ("one", "two", "one"):
+        (tmp_path / "images" / "a.png").write_text(text)
+        found |= set(runner.plan(suite, None, tmp_path, cache=tmp_path).specs)
+    assert len(found) == 2
+
+
 @pytest.fixture
 def shapes_like():
     """A cell on a device that no machine has."""

@@ -13,7 +13,7 @@ from spikeplug.architecture import Watch, unwatched
 
 from .cell import spec_of
 from .engines import Engine, Local
-from .identity import code_digest, point_of
+from .identity import code_digest, fingerprint, point_of
 from .spec import Cell
 from .store import DONE, Row, Run, Store
 from .suite import Axis, Suite, cells
@@ -59,6 +59,7 @@ def plan(suite: Suite, store: Store | None, data: Path, change: Axis | None = No
     Raises:
         SpikeplugError: a cell cannot be what it says.
     """
+    fingerprint.cache_clear()  # files may be others than at an earlier call in this process
     specs = {spec["id"]: spec for spec in (spec_of(cell, data, cache) for cell in cells(suite, change))}
     statuses = store.statuses() if store else {}
     finished = {each for each in specs if statuses.get(each, ("",))[0] == DONE}
