@@ -253,6 +253,14 @@ def test_an_id_changes_with_the_text_that_a_cell_reads(tmp_path):
     assert found[0] != found[1]
 
 
+def test_versions_are_those_of_what_parts_lean_on():
+    task = {"kind": "perplexity", "text": "t.txt"}
+    cell = Cell.model_validate({"name": "a", "model": {"source": "m"}, "recipe": "qc-a2s", "task": task})
+    found = identity.versions(cell)
+    assert {"spike-plugin-ttfs", "spikeplug-transformers", "torchao"} <= set(found)
+    assert "torchao" not in identity.versions(cell.model_copy(update={"recipe": "ttfs"}))
+
+
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.booleans(), max_size=5))
 def test_the_canonical_form_knows_no_order(data):
     assert identity.digest(data) == identity.digest(dict(reversed(list(data.items()))))

@@ -118,12 +118,16 @@ def fingerprint(path: Path) -> str:
 
 
 def versions(cell: Cell) -> dict[str, str]:
-    """Distributions whose version matters to a cell. Raises UnknownNameError where a part is not installed."""
+    """Distributions whose version matters to a cell. Raises UnknownNameError where a part is not installed.
+
+    Those of its parts, and what classes of parts name in an attribute `distributions`.
+    """
     names = {"spikeplug", "spikeplug-bench", "torch"}
     found = plugins.registry()
     dists = {plugin.name: plugin.dist for plugin in found.plugins}
     parts = [("encoder", cell.task.encoder)] if isinstance(cell.task, Reconstruction) else _parts_of(cell)
-    names |= {dists[found.find(kind, name).plugin] for kind, name in parts}
+    for kind, name in parts:
+        names |= {dists[found.find(kind, name).plugin], *getattr(plugins.get_class(kind, name), "distributions", ())}
     if isinstance(cell.task, LmEval):
         names |= {"lm_eval", "transformers", "spikeplug-transformers"}
     elif getattr(cell.task, "text", None):

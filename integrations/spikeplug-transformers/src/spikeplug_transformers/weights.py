@@ -30,6 +30,7 @@ class QuantizeWeights:
     group: int = 0
 
     name: ClassVar[str] = "quantize-weights"
+    distributions: ClassVar[tuple[str, ...]] = ("torchao",)
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
