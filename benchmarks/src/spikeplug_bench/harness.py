@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
 from typing import Any
-
-import torch
 
 from spikeplug.errors import OptionError
 
@@ -23,7 +20,8 @@ def lm_eval_scores(context: Context, task: LmEval) -> Measured:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+
+        from .watched import Watched
     except ImportError as error:
         raise OptionError(
             f"the task 'lm-eval' needs a package ({error}): pip install spikeplug-bench[lm-eval]"
@@ -38,7 +36,7 @@ def lm_eval_scores(context: Context, task: LmEval) -> Measured:
     context.cache.mkdir(parents=True, exist_ok=True)
     context.watch(", ".join(task.tasks), 0, None)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model = _watched(HFLM, context)(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
+    model = Watched(context, pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=task.batch_size)
     # The key of lm-eval's cache of answers names no model, so every cell has a file of its own. Ranks that hold one
     # model must run the same batches, of which a kill may leave each of them others: they keep none.
     file = context.cache / f"answers-{context.id[:32]}-{code_digest()[:8]}-{task.batch_size}"
@@ -105,73 +103,3 @@ def _starts_with_bos(tokenizer: Any) -> bool:
 def _spread(share: float, items: int) -> float:
     """Standard error of a share."""
     return math.sqrt(share * (1 - share) / max(1, items - 1))
-
-
-def _write_whole(kept: Any, answers: dict[str, Any]) -> None:
-    """Move answers into lm-eval's SqliteDict by one statement, which is on disk as a whole or not at all."""
-    if answers:
-        marks = ", ".join(["(?, ?)"] * len(answers))
-        pairs = ((kept.encode_key(key), kept.encode(value)) for key, value in answers.items())
-        statement = f"REPLACE INTO {kept.tablename} (key, value) VALUES {marks}"
-        kept.conn.execute(statement, [*itertools.chain.from_iterable(pairs)])
-        answers.clear()
-
-
-def _watched(base: Any, context: Context) -> Any:
-    """HFLM that says how far it is, keeps answers by whole batches, and under `torchrun` takes its share of the items.
-
-    Batches follow the order of lengths. With a part of a batch on disk a killed cell would go on in other batches, and
-    give other figures: sums are rounded otherwise, and some scales are those of a batch. Given a model and not a name,
-    lm-eval's own would let every rank take all items.
-    """
-    shares = context.cell.ranks > 1 and not split(context.cell)
-    if shares and not torch.cuda.is_available():
-        # Without it accelerate takes a CPU rank of torchrun for the only process.
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-
-    class Watched(base):  # type: ignore[misc]
-        answered = 0  # of the requests that run
-        of: int | None = None
-
-        def __init__(self, **given: Any) -> None:
-            self.kept: Any = None  # what answers are kept in
-            self.waiting: dict[str, Any] = {}  # those of the batch that runs
-            super().__init__(**given)
-            if shares:
-                from accelerate import Accelerator
-
-                self.accelerator = Accelerator()
-                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-
-        def set_cache_hook(self, hook: Any) -> None:
-            super().set_cache_hook(hook)
-            self.kept, self.waiting = hook.dbdict, {}
-            hook.dbdict = self.waiting
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
-            self.answered, self.of = 0, len(requests)
-            found = super()._loglikelihood_tokens(requests, True, override_bs)
-            self._end_batch()  # lm-eval itself would write the answers of the last one singly
-            return found
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            self.answered, self.of = 0, len(requests)
-            found = super().generate_until(requests, True)
-            self._end_batch()
-            return found
-
-        def _model_call(self, *given: Any, **named: Any) -> Any:
-            self._end_batch()
-            return super()._model_call(*given, **named)
-
-        def _model_generate(self, *given: Any, **named: Any) -> Any:
-            self._end_batch()
-            return super()._model_generate(*given, **named)
-
-        def _end_batch(self) -> None:
-            """Of the batch before."""
-            self.answered += len(self.waiting)
-            _write_whole(self.kept, self.waiting)
-            context.watch("requests", self.answered, self.of)
-
-    return Watched
