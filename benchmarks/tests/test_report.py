@@ -193,6 +193,14 @@ def test_lines_of_a_figure_are_told_apart_by_their_options(store):
     assert "rate signed=false" in svg
 
 
+def test_every_line_of_a_figure_has_a_look_of_its_own():
+    def looks(count: int) -> int:
+        svg = figures._plot({f"line {index}": [(1.0, index), (2.0, index)] for index in range(count)}, "x", "y")
+        return len(set(re.findall(r'id="(m[0-9a-f]+)"', svg)))
+
+    assert looks(24) - looks(4) == 20
+
+
 def test_answers_are_compared_with_those_of_the_dense_model():
     dense = {"stderr": {"a.acc": 0.1}, "predictions": {"a": [0, 1, 2, 0]}}
     spiking = {"stderr": {}, "predictions": {"a": [0, 1, 1, 1]}}

@@ -154,6 +154,8 @@ _COLOURS = (
     "#7a5c3e",
     "#1b4965",
 )
+_MARKS = "osD^v"
+"""Beyond the last colour lines have the next mark."""
 
 
 def _plot(
@@ -175,9 +177,11 @@ def _plot(
         figure = Figure(figsize=(6.4, 3.7), layout="constrained")
         axes = figure.subplots()
         for index, (name, line) in enumerate(points.items()):
-            style = "o" if marks else "--" if name in dashed else "o-"
-            colour = "#777777" if name in dashed else _COLOURS[index % len(_COLOURS)]
-            axes.plot(*zip(*line, strict=True), style, label=name, color=colour, markersize=4, linewidth=1.3)
+            turn, index = divmod(index, len(_COLOURS))
+            mark = _MARKS[turn % len(_MARKS)]
+            style = mark if marks else "--" if name in dashed else f"{mark}-"
+            colour = "#777777" if name in dashed else _COLOURS[index]
+            axes.plot(*zip(*line, strict=True), style, label=name, color=colour, markersize=4.5, linewidth=1.3)
         for name, level in (levels or {}).items():
             if level is not None:
                 axes.axhline(level, label=name, color="#777777", linewidth=0.9, linestyle=":")
@@ -186,7 +190,11 @@ def _plot(
         axes.set(xlabel=x, ylabel=y, xscale="log" if logs[0] else "linear", yscale="log" if logs[1] else "linear")
         if logs[0] and not marks:
             axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        if logs[0]:
+            if marks:
+                axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if ticks and len(ticks) <= 24:
             axes.set_xticks(
                 range(len(ticks)), [name.removeprefix("layer") for name in ticks], rotation=60, ha="right", fontsize=7
