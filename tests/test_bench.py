@@ -193,6 +193,14 @@ def test_statistics_behind_an_approximator_are_its_own(data):
     assert both[-1].metrics == alone[-1].metrics
 
 
+def test_spikes_are_all_that_fire(data):
+    """Those inside nonlinear operations too, at which no energy is counted."""
+    task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 2}
+    bse, laser = (_row(LM, data, task, recipe, steps=4)["metrics"] for recipe in ("bse", "laser"))
+    assert bse["spikes"] == bse["spikes_charged"]
+    assert laser["spikes"] > laser["spikes_charged"]
+
+
 def test_the_seed_of_a_cell_is_that_of_a_rotation(data):
     task = {"kind": "perplexity", "text": "text.txt", "seqlen": 32, "limit": 2}
     rows = [_row(LM, data, task, steps=4, options={"passes": ["rotate"]}, seed=seed) for seed in (0, 1, 1)]

@@ -296,7 +296,7 @@ def _energy(suite: Suite, rows: list[Row]) -> list[Column]:
         ("MACs dense", _figure("dense_macs", "{:.4g}")),
         ("MACs left", _figure("macs", "{:.4g}")),
         ("ACs", _figure("acs", "{:.4g}")),
-        ("spikes", _figure("spikes", "{:.4g}")),
+        ("spikes charged", _figure("spikes_charged", "{:.4g}")),
         ("updates", _figure("updates", "{:.4g}")),
         ("mJ dense", _figure("mj_dense", "{:.4g}")),
         ("mJ", _figure("mj", "{:.4g}")),

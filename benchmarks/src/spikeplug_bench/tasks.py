@@ -44,12 +44,14 @@ def measure(context: Context) -> Measured:
 
 
 def _figures(found: dict[str, Any], unit: str) -> dict[str, Any]:
-    """Spikes and energy as metrics."""
+    """Spikes and energy as metrics: `spikes` are all, `spikes_charged` those at which energy is counted."""
     energy = found.get("energy")
     if energy is None:
         return {}
+    fired = {"spikes": found["spikes"][f"per_{unit}"]} if "spikes" in found else {}
     return {
-        "spikes": energy["spikes"],
+        **fired,
+        "spikes_charged": energy["spikes"],
         "mj_dense": energy["millijoules"]["dense"],
         "mj": energy["millijoules"]["spiking"],
         "energy_ratio": energy["ratio"],
