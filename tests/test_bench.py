@@ -73,6 +73,7 @@ def test_perplexity_is_that_of_the_command_line(data, cli):
     found = cli("eval", data / "out", "--ppl", data / "text.txt", "--seqlen", 32, "--max-tokens", 128, "--json")[1]
     assert row["metrics"]["perplexity"] == found["perplexity"]
     assert row["metrics"]["energy_ratio"] == found["energy"]["ratio"]
+    assert row["metrics"]["spikes"] == found["spikes"]["per_token"]
     assert {"sha256", "seqlen", "tokens", "calibration", "steps"} <= set(row["protocol"])
     assert row["config"]["recipe"] == "bse"
     assert set(row["versions"]) >= {"spikeplug", "spike-plugin-bse", "transformers", "torch"}
