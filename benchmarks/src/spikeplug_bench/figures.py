@@ -188,11 +188,11 @@ def _plot(
         if len(front) > 1:
             axes.plot(*zip(*front, strict=True), color="#777777", linewidth=0.9, label="best of both", zorder=0)
         axes.set(xlabel=x, ylabel=y, xscale="log" if logs[0] else "linear", yscale="log" if logs[1] else "linear")
-        if logs[0] and not marks:
-            axes.set_xscale("log", base=2)
         if logs[0]:
             if marks:
                 axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            else:
+                axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         if ticks and len(ticks) <= 24:
