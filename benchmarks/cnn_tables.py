@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.network import SpikingGraph
+from spikeplug.graph.network import SpikingGraph
 from spikeplug_vision.models import CIFAR, CifarResNet
 
 BATCH = 16
@@ -239,7 +239,7 @@ def cost(arguments: argparse.Namespace) -> None:
 
 def _layers_alone(spiking: SpikingGraph, x: Tensor) -> float:
     """Milliseconds of CPU that convolutions and linear layers take by themselves, on the inputs that they get."""
-    from spikeplug.flow import FlowLayer
+    from spikeplug.graph.streaming import FlowLayer
 
     inputs: list[tuple[FlowLayer, Tensor]] = []
     handles = [

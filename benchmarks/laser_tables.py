@@ -141,7 +141,7 @@ class Perplexities:
 
     def _parameters(self) -> dict[str, dict[str, Tensor]]:
         if self._full is None:
-            full = spikeplug.convert(copy.deepcopy(self.opened.model), "laser", calibration=self._batches())
+            full = spikeplug.convert(self.opened.model, "laser", calibration=self._batches())
             self._full = {name: dict(site.named_buffers()) for name, site in sites(full).items()}
         return self._full
 

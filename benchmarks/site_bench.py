@@ -14,7 +14,7 @@ import spikeplug
 from spikeplug.architecture import Opened
 from spikeplug.cli import language
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion import observe
+from spikeplug.conversion.verbs import observe
 from spikeplug.site import Site, sites
 from spikeplug.types import Encoder
 

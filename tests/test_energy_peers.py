@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import spikeplug
-from spikeplug.flow import FlowLayer
+from spikeplug.graph.streaming import FlowLayer
 
 X = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
 

@@ -14,8 +14,8 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 import spikeplug
-from spikeplug.clock import Clocked
-from spikeplug.network import watching
+from spikeplug.graph.network import watching
+from spikeplug.graph.timestepped import Clocked
 from spikeplug_snntorch import SnnTorch
 from spikeplug_spikingjelly import SpikingJelly
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from spike_plugin_phase.encoder import Phase
 from spikeplug import ActivationStats
-from spikeplug.products import accumulated, contributions, hadamard, matrix_product
+from spikeplug.graph.products import accumulated, contributions, hadamard, matrix_product
 
 
 @pytest.fixture(params=[{}, {"rounding": "floor"}, {"grains": 2, "rounds": 2, "samples": 300}], ids=str)

@@ -160,11 +160,11 @@ def test_deferred_weights_fill_every_row_and_lose_less(build, ids):
 @pytest.mark.parametrize("passes", [["prefix"], ["prefix", "defer-softmax"]], ids=str)
 def test_products_step_by_step_equal_the_decoded_ones(build, ids, family, passes, monkeypatch):
     """Eq. 51 through q·k and p·v, with a prefix, grouped heads, other numbers of steps, and a cache."""
-    from spikeplug_transformers import attention
+    from spikeplug.graph import products
 
     steps = []
-    original = attention.matrix_product
-    monkeypatch.setattr(attention, "matrix_product", lambda q, k: steps.append(1) or original(q, k))
+    original = products.matrix_product
+    monkeypatch.setattr(products, "matrix_product", lambda q, k: steps.append(1) or original(q, k))
     model = spikeplug.convert(
         build(family).double(),
         "base2-round",

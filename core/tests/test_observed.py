@@ -68,7 +68,7 @@ def other_statistics():
         (other_statistics(), data(), {}, "another model"),
         (build(), data(1), {}, "other calibration data"),
         (build(), data() * 2, {}, "other calibration data"),
-        (build(), data(), {"passes": ["fold-bn"]}, "another model"),
+        (build(), data(), {"passes": ["fold-bn"]}, "the passes"),
     ],
     ids=["weights", "shape", "buffers", "data", "more data", "passes"],
 )
@@ -82,7 +82,8 @@ def test_a_file_of_something_else_is_refused(tmp_path, model, batches, options, 
 def test_the_passes_are_compared_where_weights_do_not_tell(tmp_path):
     file, model = tmp_path / "seen", spikeplug.convert(build(), "rate", calibration=data())
     spikeplug.save_observed(spikeplug.observe(model, data()), file, model, data())
-    model.spikeplug_config = model.spikeplug_config.model_copy(update={"passes": ("other",)})
+    conversion = spikeplug.conversion_of(model)
+    conversion.config = conversion.config.model_copy(update={"passes": ("other",)})
     with pytest.raises(CalibrationError, match="the passes"):
         spikeplug.load_observed(file, model, data())
 

@@ -89,7 +89,7 @@ def test_unknown_name_says_installed_nearest_and_broken(install):
 
 
 def test_unknown_first_party_name_says_the_pip_line(monkeypatch):
-    bare = plugins.Registry(tuple(plugin for plugin in plugins.registry().plugins if plugin.name == "core"))
+    bare = plugins.Registry(tuple(plugin for plugin in plugins.registry().plugins if plugin.name == "core"), None)
     with pytest.raises(UnknownNameError, match="pip install spike-plugin-bse"):
         bare.find("recipe", "bse")
 

@@ -106,7 +106,7 @@ def open_text(context: Context, config: ConversionConfig | None) -> Opened:
     placement = Placement(device_map=cell.model.device_map)
     if config is None:
         opened = architecture.open(_source(context), **how, placement=placement)
-        if hasattr(opened.model, "spikeplug_config"):
+        if hasattr(opened.model, "conversion"):
             raise OptionError(f"model '{cell.name}' is a converted one: its dense network is wanted as the source")
         return opened
     given = cell.model.calibration
@@ -121,7 +121,10 @@ def open_text(context: Context, config: ConversionConfig | None) -> Opened:
     else:
         # Codes whose scales are found at run time observe nothing.
         observed = _observed(context, config) if config.build()[0].static else None
-        spikeplug.convert(opened.model, config, calibration=batches, observed=observed, watch=context.watch)
+        spiking = spikeplug.convert(
+            opened.model, config, calibration=batches, observed=observed, inplace=True, watch=context.watch
+        )
+        opened = dataclasses.replace(opened, model=spiking)
     return opened
 
 
@@ -167,7 +170,7 @@ def open_images(context: Context, config: ConversionConfig | None) -> Any:
     weights = locate(cell.model.weights, context.data) if cell.model.weights else None
     if config is None:
         dense = vision().open(_source(context), weights)
-        if hasattr(dense, "spikeplug_config"):
+        if hasattr(dense, "conversion"):
             raise OptionError(f"model '{cell.name}' is a converted one: its dense network is wanted as the source")
         return dense.to(cell.device)
     given = cell.model.calibration
@@ -178,7 +181,7 @@ def open_images(context: Context, config: ConversionConfig | None) -> Any:
         weights=weights, count=given.count, observed=None, watch=context.watch,
     )  # fmt: skip
     if not hasattr(found, "observing"):
-        raise OptionError("this network was not traced, so its dense twin is gone: give options: {structure: graph}")
+        raise OptionError("this network was converted layer by layer, so its dense counterpart is gone")
     return found.to(cell.device)
 
 

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from spikeplug.architecture import Architecture
     from spikeplug.bundle import load, save
     from spikeplug.config import ConversionConfig
-    from spikeplug.conversion import calibrate, convert, count_spikes, fit, observe, prepare, report, set_execution
+    from spikeplug.conversion.plan import Plan, Problem
+    from spikeplug.conversion.record import Conversion, conversion_of
+    from spikeplug.conversion.verbs import (
+        calibrate,
+        convert,
+        count_spikes,
+        fit,
+        observe,
+        plan,
+        prepare,
+        report,
+        set_execution,
+    )
     from spikeplug.costs import CostModel, EnergyReport, energy
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
@@ -38,7 +50,11 @@ _HOME = {
     "architecture": ("Architecture",),
     "bundle": ("load", "save"),
     "config": ("ConversionConfig",),
-    "conversion": ("calibrate", "convert", "count_spikes", "fit", "observe", "prepare", "report", "set_execution"),
+    "conversion.plan": ("Plan", "Problem"),
+    "conversion.record": ("Conversion", "conversion_of"),
+    "conversion.verbs": (
+        *("calibrate", "convert", "count_spikes", "fit", "observe", "plan", "prepare", "report", "set_execution"),
+    ),
     "diagnosis": ("diagnose",),
     "costs": ("CostModel", "EnergyReport", "energy"),
     "errors": ("SpikeplugError",),
@@ -57,16 +73,20 @@ __all__ = [
     "ActivationStats",
     "Architecture",
     "CodeParams",
+    "Conversion",
     "ConversionConfig",
     "ConversionReport",
     "CostModel",
     "Encoder",
     "EnergyReport",
     "Neuron",
+    "Plan",
+    "Problem",
     "Recipe",
     "SpikeplugError",
     "__version__",
     "calibrate",
+    "conversion_of",
     "convert",
     "count_spikes",
     "diagnose",
@@ -83,6 +103,7 @@ __all__ = [
     "load",
     "load_observed",
     "observe",
+    "plan",
     "prepare",
     "report",
     "save",

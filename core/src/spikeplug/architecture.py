@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport
 from spikeplug.errors import OptionError
+from spikeplug.site import passing
 
 Watch = Callable[[str, int, int | None], None]
 """Follows long work: the stage, how much of it is done, and of how much, where that is known."""
@@ -31,24 +32,29 @@ class Architecture(ABC):
     """The kind of network, as in `Recipe.targets`."""
 
     @abstractmethod
-    def prepare(self, model: torch.nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> torch.nn.Module:
-        """Apply the passes and put spiking modules, not yet calibrated, in place of the dense ones.
+    def prepare(
+        self, model: torch.nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
+    ) -> torch.nn.Module:
+        """A new model with spiking modules, not yet calibrated, in the places of dense ones, after the passes.
+
+        The given model stays as it is; tensors that no pass changes are shared with it.
 
         Args:
-            batches: calibration data, for passes that look for something in it.
+            batches: calibration data, for passes that look for something in it; the first is the example of a network
+                that is captured.
+            inplace: change the given model, for one that does not fit twice.
 
         Raises:
             ConversionError: a part of the model is not understood; the message names it.
         """
 
-    def feed(self, model: torch.nn.Module, batch: Any) -> None:
-        """Run one calibration batch."""
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
+    @abstractmethod
+    def feed(self, model: torch.nn.Module, batch: Any) -> Any:
+        """Run one calibration batch, dense or converted; return what the model returns."""
+
+    def observing(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Inside, a converted model computes what the dense one does, its codes left out."""
+        return passing(model)
 
     @abstractmethod
     def units(self, batch: Any) -> int:
@@ -59,10 +65,6 @@ class Architecture(ABC):
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise OptionError(f"a training batch is (inputs, targets); got {type(batch).__name__}")
         return F.cross_entropy(model(batch[0]), batch[1])
-
-    @abstractmethod
-    def report(self, model: torch.nn.Module) -> ConversionReport:
-        """What became of every operation."""
 
     @abstractmethod
     def save(self, model: torch.nn.Module, folder: Path, **options: Any) -> None:

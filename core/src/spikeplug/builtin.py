@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikeplug.graph.table import CORE
 from spikeplug.hookspecs import API_VERSION, hookimpl
 
 spikeplug_api = API_VERSION
@@ -23,8 +24,13 @@ def spikeplug_approximators() -> dict[str, str]:
 
 
 @hookimpl
+def spikeplug_operations() -> dict[str, str]:
+    return CORE
+
+
+@hookimpl
 def spikeplug_passes() -> dict[str, str]:
-    return {"fold-bn": "spikeplug.fold:FoldBatchNorm"}
+    return {"fold-bn": "spikeplug.conversion.networks:FoldBatchNorm"}
 
 
 @hookimpl
@@ -34,4 +40,4 @@ def spikeplug_recipes() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_architectures() -> dict[str, str]:
-    return {"torch": "spikeplug.modules:ModuleTree", "spikeplug": "spikeplug.network:GraphArchitecture"}
+    return {"network": "spikeplug.conversion.networks:Networks", "layers": "spikeplug.conversion.layerwise:Layers"}

@@ -16,13 +16,14 @@ from torch import nn
 
 import spikeplug
 from spikeplug import plugins
-from spikeplug.config import ConversionConfig, config_of
-from spikeplug.conversion import architecture_of, set_execution
+from spikeplug.config import ConversionConfig
+from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.site import sites
 
 MANIFEST = "spikeplug.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
@@ -37,15 +38,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
             cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; its own names would not be found again
-    config, architecture = config_of(model), architecture_of(model)
+    conversion = conversion_of(model)
+    architecture = plugins.get_class("architecture", conversion.architecture)()
     for site in sites(model).values():
         if not site.calibrated:
             raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
     target = Path(os.path.abspath(path))  # "." has no name to put a draft beside
     check_writable(target, overwrite=overwrite)
-    package = next(part for part in plugins.registry().names("architecture") if _is(architecture, part))
     try:
-        head = {"architecture": package, "config": config.model_dump(mode="json")}
+        head = {"architecture": conversion.architecture, "config": conversion.config.model_dump(mode="json")}
         write_folder(target, head, lambda folder: architecture.save(model, folder, **options))
     except (OSError, SafetensorError) as error:
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
@@ -78,8 +79,8 @@ def load(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Read what `save` wrote; the result is bit-equal.
 
     Args:
-        options: what the architecture needs: `model=net`, the dense network, for a plain PyTorch model; `device_map`
-            and the like for a language model.
+        options: what the architecture needs: `device_map` and the like for a language model; `model=net`, the dense
+            network, for one that was converted layer by layer. A captured network needs none.
 
     Raises:
         BundleError: the folder is not a saved model, or a file is missing or was changed.
@@ -91,7 +92,6 @@ def load(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     config = ConversionConfig.parse(manifest["config"])
     architecture = plugins.get_class("architecture", manifest["architecture"])()
     model: nn.Module = architecture.load(folder, config=config, **options)
-    model.spikeplug_config = config  # type: ignore[assignment]
     return set_execution(model, config.execution)
 
 
@@ -105,8 +105,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if not {"format", "spikeplug", "architecture", "config", "files", "digest"} <= set(manifest):
             raise KeyError("files")
-        if manifest["format"] > FORMAT:
-            raise BundleError(f"{folder} was written by spikeplug {manifest['spikeplug']}: install that or a later one")
+        if manifest["format"] != FORMAT:
+            hint = "install that or a later one" if manifest["format"] > FORMAT else "convert the network anew"
+            raise BundleError(f"{folder} was written by spikeplug {manifest['spikeplug']} in another format: {hint}")
         if not isinstance(manifest["files"], dict) or manifest["digest"] != _digest(manifest):
             raise KeyError("digest")
     except FileNotFoundError:
@@ -171,10 +172,6 @@ def _replace(draft: Path, target: Path) -> None:
         if not target.exists():
             os.replace(retired / "old", target)
         shutil.rmtree(retired, ignore_errors=True)
-
-
-def _is(architecture: Any, package: str) -> bool:
-    return plugins.get_class("architecture", package) is type(architecture)
 
 
 def _share(folder: Path) -> None:

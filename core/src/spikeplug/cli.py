@@ -208,7 +208,7 @@ def convert_command(
     """Convert a network and write the spiking one to a folder: a language model, or with --images an image network."""
     from spikeplug.bundle import check_writable, save
     from spikeplug.config import ConversionConfig
-    from spikeplug.conversion import convert, report
+    from spikeplug.conversion.verbs import convert, report
 
     config = ConversionConfig.resolve(recipe, settings(setting))
     check_writable(out, overwrite=force)
@@ -226,9 +226,9 @@ def convert_command(
         opened = architecture.open(model, dtype=dtype, device=device)
         batches = architecture.calibration(opened, text, seqlen=seqlen, tokens=calibrate_tokens, config=config)
         with progress() as watch:
-            convert(opened.model, config, calibration=batches, observed=observed, watch=watch)
-        save(opened.model, out, overwrite=force, tokenizer=opened.tokenizer)
-        found = report(opened.model)
+            spiking = convert(opened.model, config, calibration=batches, observed=observed, inplace=True, watch=watch)
+        save(spiking, out, overwrite=force, tokenizer=opened.tokenizer)
+        found = report(spiking)
     if as_json:
         print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
     else:
@@ -255,7 +255,7 @@ def eval_command(
     as_json: Json = False,
 ) -> None:
     """Measure a network, spiking or dense, with protocol, speed and spikes: perplexity, or with --images accuracy."""
-    from spikeplug.conversion import set_execution
+    from spikeplug.conversion.verbs import set_execution
 
     if images is not None:
         _refuse_both("--ppl", ppl)
@@ -294,7 +294,7 @@ def _eval_images(
     device: str,
     as_json: bool,
 ) -> None:
-    from spikeplug.conversion import set_execution
+    from spikeplug.conversion.verbs import set_execution
 
     if batch < 1:
         raise OptionError(f"--batch {batch}: at least 1 is needed")
@@ -492,7 +492,10 @@ def _refuse_both(option: str, given: object) -> None:
 
 
 def _brings(parts: dict[str, list[str]]) -> str:
-    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in parts.items())
+    def listed(names: list[str]) -> str:
+        return ", ".join(names) if len(names) <= 24 else f"{len(names)} of them"
+
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in parts.items())
 
 
 def print_json(data: object) -> None:

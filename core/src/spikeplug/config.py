@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from spikeplug import plugins
-from spikeplug.errors import ConversionError, OptionError, listed, nearest
+from spikeplug.errors import OptionError, listed, nearest
 from spikeplug.stats import ActivationStats
 from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Pass, Recipe
 
@@ -35,9 +35,9 @@ class ConversionConfig(pydantic.BaseModel):
         include: what is converted: patterns of names (`*.down_proj`), kinds (`query`, `silu`) or subsystems (`ffn`,
             `activation`, `attention`, `embedding`, `norm`).
         exclude: what of that stays dense, in the same words.
-        structure: of a plain PyTorch model. `modules`: every weighted layer in its tree codes its own input. `graph`:
-            it is traced, every operation gets a role, and layers that read one activation share its spikes. `auto`:
-            `graph` where there are convolutions or the code flows, else `modules`.
+        structure: of networks that are no language models. `graph`: they are captured, every operation gets a role, and
+            layers that read one activation share its spikes. `layers`, for networks that cannot be captured: every
+            linear layer and convolution in the tree of modules codes its own input; what is done between them is dense.
         execution: `fused` or `stepped`, how the model runs after conversion.
         samples: values kept per site while calibrating, for percentiles and for schemes that learn.
     """
@@ -59,7 +59,7 @@ class ConversionConfig(pydantic.BaseModel):
     approximator_follows: dict[str, str] = {}
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    structure: Literal["auto", "graph", "modules"] = "auto"
+    structure: Literal["graph", "layers"] = "graph"
     execution: Literal["fused", "stepped"] = "fused"
     samples: int = pydantic.Field(default=65536, ge=1)
 
@@ -223,14 +223,6 @@ class ConversionConfig(pydantic.BaseModel):
                         f"{key}='{pattern}' matches nothing{nearest(pattern, words | set(names))} "
                         f"Kinds and subsystems: {listed(words)}"
                     )
-
-
-def config_of(model: torch.nn.Module) -> ConversionConfig:
-    """The configuration of a converted model. Raises ConversionError when it is none."""
-    config = getattr(model, "spikeplug_config", None)
-    if not isinstance(config, ConversionConfig):
-        raise ConversionError(f"{type(model).__name__} is no converted model: convert it with spikeplug.convert first")
-    return config
 
 
 def _matches(patterns: tuple[str, ...], name: str, labels: tuple[str, ...]) -> bool:

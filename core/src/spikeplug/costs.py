@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikeplug.conversion import SpikeCounts, architecture_of, count_spikes, report
+from spikeplug.conversion.verbs import SpikeCounts, architecture_of, count_spikes, report
 from spikeplug.coverage import Op
 from spikeplug.errors import CalibrationError, OptionError, listed, nearest
-from spikeplug.flow import FlowSite
+from spikeplug.graph.streaming import FlowSite
 from spikeplug.site import Site, SpikeCount, sites
 
 DEFAULT = "45 nm"
@@ -259,7 +259,8 @@ def _charged(op: Op, fired: Mapping[str, SpikeCount], layer: nn.Module | None, u
 def _synapses(layer: Any, places: Tensor | None, macs: float) -> Tensor | None:
     """Synapses that one input of a convolution has at every place; None where its input is not what its site fires."""
     kernel = getattr(layer, "kernel_size", None)
-    if places is None or kernel is None or places.ndim != len(kernel) or layer.padding_mode != "zeros":
+    plain = places is not None and kernel is not None and not layer.transposed and layer.padding_mode == "zeros"
+    if not plain or places is None or kernel is None or places.ndim != len(kernel):
         return None
     found = torch.tensor(float(layer.out_channels // layer.groups), dtype=torch.float64)
     each = layer.out_channels * layer.in_channels // layer.groups

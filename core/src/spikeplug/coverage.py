@@ -31,6 +31,8 @@ class Op:
         code: the code of its input, empty when it has none.
         note: what a reader should know.
         sites: names of the sites whose spikes it receives.
+        elements: of its result for one `unit`, where it has no MACs.
+        line: where in the source it stands, `file.py:12`; empty where that is not known.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Op:
     code: str = ""
     note: str = ""
     sites: tuple[str, ...] = ()
+    elements: int = 0
+    line: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikeplug.conversion import architecture_of
+from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
-from spikeplug.flow import FlowSite
-from spikeplug.network import SpikingGraph, watching
+from spikeplug.graph.network import SpikingGraph, watching
+from spikeplug.graph.streaming import FlowSite
 from spikeplug.site import Site, sites
 
 
@@ -64,7 +64,7 @@ def diagnose(model: nn.Module, batches: Iterable[Any]) -> list[Diagnosis]:
     """
     if not isinstance(model, SpikingGraph):
         sites(model)
-        raise ConversionError("only traced networks are diagnosed: convert with structure='graph'")
+        raise ConversionError(f"{type(model).__name__} was not captured as a graph: only such networks are diagnosed")
     found = {site: _Sums() for site in sites(model).values() if isinstance(site, (Site, FlowSite))}
     architecture, seen = architecture_of(model), False
     with torch.no_grad():
@@ -125,7 +125,7 @@ def _coded(found: dict[Any, _Sums]) -> Iterator[None]:
 def _add_train(site: FlowSite, sums: _Sums, currents: Tensor, spikes: Tensor) -> None:
     d = torch.tensor(site.flow.weights, dtype=spikes.dtype, device=spikes.device)
     _add(sums, torch.tensordot(d, spikes, dims=1) * site.amplitude, spikes)
-    if site.kind != "image":
+    if not site.encodes:
         left = site.residual(currents).abs().flatten()
         sums.left.append(left[:: max(1, left.numel() // 65536)].float())
 

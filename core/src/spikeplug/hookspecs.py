@@ -8,7 +8,12 @@ of these hooks it was written for.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pluggy
+
+if TYPE_CHECKING:
+    import torch
 
 PROJECT = "spikeplug"
 """Name of the pluggy project, of the entry-point group and of the hook prefix."""
@@ -61,11 +66,26 @@ def spikeplug_recipes() -> dict[str, str]:  # type: ignore[empty-body]
 
 
 @hookspec
-def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
-    """Ways to convert, calibrate, save and load one kind of model: subclasses of `spikeplug.Architecture`.
+def spikeplug_operations() -> dict[str, str]:  # type: ignore[empty-body]
+    """Operations of captured networks: PyTorch's name of an operation (`aten.relu.default`) to a rule.
 
-    The name is that of the top-level package in which the model's class, or one of its bases, is defined
-    (`transformers`, `torch`), so that the right one is found without importing any of them.
+    A rule is a `spikeplug.graph.operations.Kind`, which says how the operation acts on activations, or a function that
+    gives one for an operation of the graph. Operations of `torch.library` are named as they are there
+    (`mine.thing.default`).
+    """
+
+
+@hookspec
+def spikeplug_architectures() -> dict[str, str]:  # type: ignore[empty-body]
+    """Ways to convert, calibrate, save and load one kind of model: subclasses of `spikeplug.Architecture`."""
+
+
+@hookspec(firstresult=True)
+def spikeplug_architecture_of(model: torch.nn.Module) -> str | None:
+    """The name of the architecture of one's own that handles a dense model, or None.
+
+    It is asked for every model that is converted, so it must be quick and import nothing heavy. What nobody claims is
+    captured as a graph.
     """
 
 

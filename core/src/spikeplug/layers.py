@@ -41,7 +41,7 @@ class SpikingLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same signature and result shape as the dense layer's."""
         site = self.source
-        if site.execution == "stepped" and site.observer is None and not site.passing:
+        if site.steps_now:
             stepped: Tensor = site(x, receive=functools.partial(self._stepped, x))
             return stepped
         return self.synapse(site(x), self.weight, self.bias)
@@ -83,10 +83,19 @@ class CodedEmbedding(nn.Embedding):
         return coded
 
 
+def convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The map of a convolution, transposed or not, with the given parameters."""
+    if layer.transposed:
+        given = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
+        return transposed(x, weight, bias, *given)
+    y: Tensor = layer._conv_forward(x, weight, bias)
+    return y
+
+
 class _SpikingConv(SpikingLayer):
     def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._conv_forward(s, weight, bias)  # type: ignore[operator]
-        return y
+        return convolved(self, s, weight, bias)
 
 
 class SpikingConv1d(_SpikingConv, nn.Conv1d):
@@ -101,11 +110,26 @@ class SpikingConv3d(_SpikingConv, nn.Conv3d):
     """`nn.Conv3d` on spikes. Padding is the value 0: no spike and no offset."""
 
 
+class SpikingConvTranspose1d(_SpikingConv, nn.ConvTranspose1d):  # type: ignore[misc]
+    """`nn.ConvTranspose1d` on spikes."""
+
+
+class SpikingConvTranspose2d(_SpikingConv, nn.ConvTranspose2d):  # type: ignore[misc]
+    """`nn.ConvTranspose2d` on spikes."""
+
+
+class SpikingConvTranspose3d(_SpikingConv, nn.ConvTranspose3d):  # type: ignore[misc]
+    """`nn.ConvTranspose3d` on spikes."""
+
+
 SPIKING: dict[type[nn.Module], type[SpikingLayer]] = {
     nn.Linear: SpikingLinear,
     nn.Conv1d: SpikingConv1d,
     nn.Conv2d: SpikingConv2d,
     nn.Conv3d: SpikingConv3d,
+    nn.ConvTranspose1d: SpikingConvTranspose1d,
+    nn.ConvTranspose2d: SpikingConvTranspose2d,
+    nn.ConvTranspose3d: SpikingConvTranspose3d,
 }
 """The weighted layers that can receive spikes, and what each becomes."""
 

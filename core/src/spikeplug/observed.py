@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spikeplug.config import ConversionConfig, config_of
+from spikeplug.config import ConversionConfig
+from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.files import draft_of
 from spikeplug.site import Coder
@@ -86,7 +87,7 @@ def load_observed(
 
 
 def _identity(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
-    config = config_of(model)
+    config = conversion_of(model).config
     return {
         "model": fingerprint(model),
         "passes": json.dumps([config.passes, config.pass_options], sort_keys=True),

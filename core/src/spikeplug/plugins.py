@@ -32,6 +32,7 @@ KINDS = {
     "encoder": "spikeplug_encoders",
     "neuron": "spikeplug_neurons",
     "approximator": "spikeplug_approximators",
+    "operation": "spikeplug_operations",
     "pass": "spikeplug_passes",
     "trainer": "spikeplug_trainers",
     "exporter": "spikeplug_exporters",
@@ -42,6 +43,9 @@ KINDS = {
     "engine": "spikeplug_engines",
 }
 """Kind of part, as the CLI and the messages call it, and the hook that brings it."""
+
+CHOOSER = "spikeplug_architecture_of"
+"""The hook that names the architecture of a model, and brings no part."""
 
 FIRST_PARTY = {
     ("encoder", "bse"): "spike-plugin-bse",
@@ -78,7 +82,6 @@ FIRST_PARTY = {
     **{("recipe", name): "spike-plugin-css" for name in ("css", "css-q")},
     ("framework", "spikingjelly"): "spikeplug-spikingjelly",
     ("framework", "snntorch"): "spikeplug-snntorch",
-    ("architecture", "timm"): "spikeplug-vision",
     ("architecture", "vision"): "spikeplug-vision",
     ("command", "diagnose"): "spikeplug-vision",
     ("command", "bench"): "spikeplug-bench",
@@ -126,6 +129,10 @@ def _misfit(kind: str, found: object) -> str | None:
         from spikeplug.types import Recipe
 
         return None if isinstance(found, Recipe) else f"{found!r}, no Recipe"
+    if kind == "operation":
+        from spikeplug.graph.operations import Kind
+
+        return None if isinstance(found, Kind) or callable(found) else f"{found!r}, no Kind and no function of a node"
     if not isinstance(found, type):
         return f"{found!r}, no class"
     if kind not in ("encoder", "neuron", "architecture"):
@@ -158,6 +165,7 @@ class Registry:
     """Every plugin found, sound or broken."""
 
     plugins: tuple[PluginInfo, ...]
+    manager: pluggy.PluginManager
 
     @functools.cached_property
     def parts(self) -> dict[tuple[str, str], list[Part]]:
@@ -217,7 +225,13 @@ def registry() -> Registry:
         dist = point.dist
         name, version = (dist.name, dist.version) if dist else ("?", "?")
         found.append(_load(manager, point.name, name, version, point.load))
-    return Registry(tuple(found))
+    return Registry(tuple(found), manager)
+
+
+def architecture_name(model: Any) -> str | None:
+    """The architecture that a plugin names for a dense model; None: no plugin claims it."""
+    name: str | None = registry().manager.hook.spikeplug_architecture_of(model=model)
+    return name
 
 
 def get_class(kind: str, name: str) -> Any:
@@ -312,7 +326,7 @@ def _parts(manager: pluggy.PluginManager, name: str, plugin: object, api: int | 
     if api != API_VERSION:
         stated = "states no `spikeplug_api`" if api is None else f"was written for API {api}"
         raise PluginError(f"plugin {stated}, this spikeplug has API {API_VERSION}: install a matching release")
-    hooks = set(KINDS.values())
+    hooks = {*KINDS.values(), CHOOSER}
     for attribute in dir(plugin):
         implements = getattr(getattr(plugin, attribute, None), f"{PROJECT}_impl", None) is not None
         if implements and attribute not in hooks:

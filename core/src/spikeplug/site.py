@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class SpikeCount:
         self.neurons = 0
         self.places: Tensor | None = None
         self._spikes: Tensor | None = None
+        self._lock = threading.Lock()
 
     @property
     def spikes(self) -> int:
@@ -48,16 +51,24 @@ class SpikeCount:
         # Sums in int32 where they fit take a third of the time of int64 ones on a CPU. The sum stays on its device,
         # so that counting does not wait for it at every site.
         narrow = torch.int32 if fired.numel() * largest < 2**31 else torch.int64
+        places = None
         if spatial:
             fired = fired.sum(dim=tuple(range(fired.ndim - spatial)), dtype=narrow) if fired.ndim > spatial else fired
-            fired = fired.to(torch.int64)
-            if self._spikes is None:
-                self.places = fired.clone()
-            elif self.places is not None:
-                self.places = self.places.to(fired.device) + fired if self.places.shape == fired.shape else None
+            places = fired = fired.to(torch.int64)
         total = fired.sum(dtype=narrow).to(torch.int64)
-        self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
-        self.neurons += neurons
+        with self._lock:
+            if places is not None and self._spikes is None:
+                self.places = places.clone()
+            elif places is not None and self.places is not None:
+                same = self.places.shape == places.shape
+                self.places = self.places.to(places.device) + places if same else None
+            self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
+            self.neurons += neurons
+
+
+def recomputing() -> bool:
+    """Whether this is activation checkpointing, which runs a part of the forward pass anew within the backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Coder(nn.Module):
@@ -128,11 +139,10 @@ class Coder(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
 
-    def forget(self) -> None:
-        """Drop what is kept of the last activation."""
-
     def count(self, fired: Tensor, neurons: int, largest: int) -> None:
         """Add to every active counter, as `SpikeCount.add`."""
+        if recomputing():
+            return
         for counter in self.counters:
             counter.add(fired, neurons, largest, self.spatial)
 
@@ -159,12 +169,13 @@ class Site(Coder):
     """Codes one activation. Called, it gives the decoded value, or hands the spikes to a receiver step by step.
 
     Several layers may read one site (q, k and v projections): the first call with an activation codes it and the
-    following ones, with the same tensor, get the same result.
+    following ones, with the same tensor, get the same result. It is kept on the tensor, so that it lives as long as the
+    activation does, and forward passes in several threads do not meet.
 
     Args:
         name, channels: as of a Coder.
         kind: what it carries: `input`, `embedding`, `head`, `query`, `key`, `value`, `probabilities`.
-        consumers: how many layers read it.
+        consumers: how many times an activation is read in a forward pass.
     """
 
     def __init__(
@@ -180,8 +191,11 @@ class Site(Coder):
         self.kind, self.encoder, self.consumers = kind, encoder, consumers
         # The neuron of a code that flows answers currents, not activations; here the code makes its own spikes.
         self.neuron = None if encoder.flows else neuron
-        self._memo: _Kept | None = None
-        self._read: _Kept | None = None
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether layers take its spikes step by step, and not its decoded value."""
+        return self.execution == "stepped" and self.observer is None and not self.passing
 
     def extra_repr(self) -> str:
         return f"{self.encoder}"
@@ -200,10 +214,6 @@ class Site(Coder):
     @property
     def batch(self) -> Hashable:
         return self.encoder
-
-    def forget(self) -> None:
-        """Drop what is kept of the last activation for the other layers that read it."""
-        self._memo = self._read = None
 
     def params(self, x: Tensor) -> CodeParams:
         """The parameters for activation `x`, on its device.
@@ -234,13 +244,13 @@ class Site(Coder):
             with self.named():
                 p = self.params(x)
                 return receive(p, self._stream(x, p, new))
-        if self._memo is not None and self._memo.holds(x):
-            value = self._memo.value
-            self._memo = self._memo.after_one_more()
-            return value
-        value = self._value(x, new)
-        self._memo = _Kept(x, version(x), value, self.consumers).after_one_more()
-        return value
+        if self.consumers == 1:
+            return self._value(x, new)
+        kept = _Kept.of(x, self)
+        if kept is None:
+            kept = _Kept(version(x), self._value(x, new), self.consumers)
+        kept.read(x, self)
+        return kept.value
 
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
         with self.named():
@@ -270,10 +280,12 @@ class Site(Coder):
 
     def _first_reader(self, x: Tensor) -> bool:
         """Whether this is the first of the layers that read the spikes of this activation, for which they count."""
-        again = self._read is not None and self._read.holds(x)
-        kept = self._read if again and self._read is not None else _Kept(x, version(x), x, self.consumers)
-        self._read = kept.after_one_more()
-        return not again
+        if self.consumers == 1:
+            return True
+        known = _Kept.of(x, self)
+        kept = known or _Kept(version(x), x, self.consumers)
+        kept.read(x, self)
+        return known is None
 
     def _decoded(self, x: Tensor, p: CodeParams, new: slice | None) -> Tensor:
         total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, p.scale.dtype))
@@ -281,26 +293,30 @@ class Site(Coder):
             total.add_(s, alpha=weight)
         return self.encoder.scaled(total, p).to(x.dtype)
 
-    def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles leave out what is kept of the last activation."""
-        return {**self.__dict__, "_memo": None, "_read": None}
+
+KEPT = "_spikeplug_kept"
+"""Attribute of an activation that holds what sites keep of it."""
 
 
-class _Kept(NamedTuple):
-    """What is kept of an activation until the last of the layers that read it has come."""
+@dataclasses.dataclass
+class _Kept:
+    """What a site keeps of an activation, on the activation, until the last of the layers that read it has come."""
 
-    x: Tensor
     version: int
     value: Tensor
     left: int
 
-    def holds(self, x: Tensor) -> bool:
-        """Whether it is of this tensor, unchanged since."""
-        return self.x is x and self.version == version(x)
+    @staticmethod
+    def of(x: Tensor, site: Site) -> _Kept | None:
+        """What this site keeps of the tensor, if it was not changed since."""
+        kept: _Kept | None = getattr(x, KEPT, {}).get(id(site))
+        return kept if kept is not None and kept.version == version(x) else None
 
-    def after_one_more(self) -> _Kept | None:
-        """What is left to keep once another layer has read it."""
-        return self._replace(left=self.left - 1) if self.left > 1 else None
+    def read(self, x: Tensor, site: Site) -> None:
+        """One more layer has come."""
+        self.left -= 1
+        known = {key: kept for key, kept in getattr(x, KEPT, {}).items() if key != id(site)}
+        setattr(x, KEPT, known | ({id(site): self} if self.left else {}))
 
 
 def version(x: Tensor) -> int:
@@ -326,3 +342,17 @@ def sites(model: nn.Module) -> dict[str, Coder]:
     if not found:
         raise ConversionError(f"{type(model).__name__} has no spiking site: convert it with spikeplug.convert first")
     return found
+
+
+@contextlib.contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """Inside, everything that codes gives back what comes in, as the dense network would."""
+    coders = [module for module in model.modules() if isinstance(module, Coder)]
+    before = [coder.passing for coder in coders]
+    for coder in coders:
+        coder.passing = True
+    try:
+        yield
+    finally:
+        for coder, was in zip(coders, before, strict=True):
+            coder.passing = was

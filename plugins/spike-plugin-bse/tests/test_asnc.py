@@ -319,7 +319,7 @@ def test_laser_converts_saves_loads_and_reports(tmp_path):
     }  # fmt: skip
     assert all(count.spikes > 0 for count in counts.by_site.values())
     spikeplug.save(net, tmp_path / "net")
-    assert torch.equal(spikeplug.load(tmp_path / "net", model=Net().eval())(batch), fused)
+    assert torch.equal(spikeplug.load(tmp_path / "net")(batch), fused)
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def test_gradient_of_a_bse_layer_is_the_dense_layers():
     spiking = spikeplug.convert(
         nn.Sequential(nn.Linear(64, 32)), "bse", calibration=[torch.randn(256, 64)], headroom=0.5
     )
-    spiking[0].load_state_dict(dense.state_dict(), strict=False)
+    spiking.get_submodule("0").load_state_dict(dense.state_dict(), strict=False)
     x = torch.randn(128, 64)
     gradients = []
     for module, given in ((dense, x.clone().requires_grad_()), (spiking, x.clone().requires_grad_())):
         module(given).square().sum().backward()
-        layer = module if module is dense else module[0]
+        layer = module if module is dense else module.get_submodule("0")
         gradients.append((given.grad, layer.weight.grad, layer.bias.grad))
     for exact, found in zip(*gradients, strict=True):
         assert (found - exact).abs().max() < 2e-4 * exact.abs().max()

@@ -12,7 +12,7 @@ import spikeplug
 from spike_plugin_css.adjust import amplification
 from spike_plugin_css.encoder import CSS
 from spike_plugin_css.neuron import TSA, TSAReLU
-from spikeplug.errors import ConversionError, OptionError
+from spikeplug.errors import OptionError
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.types import CodeParams
 
@@ -224,12 +224,37 @@ def test_fused_execution_and_excluded_layers_are_refused(images):
     spiking = spikeplug.convert(network(), "css", calibration=[images])
     with pytest.raises(OptionError, match="execution='fused': trains of 'css' flow"):
         spikeplug.set_execution(spiking, "fused")
-    with pytest.raises(OptionError, match=r"exclude=\['2'\]: trains of 'css' flow"):
-        spikeplug.convert(network(), "css", calibration=[images], exclude=["2"])
-    with pytest.raises(ConversionError, match=r"operation '1' \(SiLU\) of Sequential has no spiking form under 'css'"):
-        spikeplug.convert(
-            nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)).eval(), "css", calibration=[images]
-        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Softmax(1)),
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 4), nn.GELU()
+        ),
+    ],
+    ids=["SiLU", "GroupNorm", "AdaptiveMaxPool2d"],
+)
+def test_trains_end_where_an_operation_needs_values_and_begin_anew(net, images):
+    net.eval()
+    dense = net(images)
+    spiking = spikeplug.convert(net, "css", calibration=[images], steps=16)
+    assert 0 < (spiking(images) - dense).norm() < 0.02 * dense.norm()
+    rows = {op.name: op.role for op in spikeplug.report(spiking).ops}
+    assert "dense" in rows.values()
+    # A window of its own on each side of the operation, and what the neurons wait.
+    assert spikeplug.report(spiking).delay >= 2 * 16
+
+
+@torch.no_grad()
+def test_an_excluded_layer_stays_dense_between_trains(images):
+    dense = network()
+    spiking = spikeplug.convert(dense, "css", calibration=[images], exclude=["2"], steps=16)
+    assert {op.name: op.role for op in spikeplug.report(spiking).ops}["2"] == "dense"
+    assert 0 < (spiking(images) - dense(images)).norm() < 0.05 * dense(images).norm()
 
 
 def test_percentile_and_headroom_set_the_amplitude():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
@@ -16,7 +15,7 @@ from spike_plugin_ttfs.explain import bound, explain
 from spike_plugin_ttfs.kernels import KernelNeuron, Window
 from spike_plugin_ttfs.nonlinear import POINTWISE, Kernels
 from spikeplug import ActivationStats
-from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError
+from spikeplug.errors import ConversionError, NonFiniteError, OptionError
 
 IDENTITY = nn.Identity()
 ROUNDINGS = ["floor", "nearest"]
@@ -116,7 +115,7 @@ def converted(op, **options):
         net(op), "ttfs", calibration=[batch()], approximators={"*": "ttfs-kernels"}, exclude=["input"],
         approximator_options={"ttfs-kernels": options},
     )  # fmt: skip
-    return model, model[1], model[0](batch()).detach()
+    return model, model.get_submodule("1"), model.get_submodule("0")(batch()).detach()
 
 
 @pytest.mark.parametrize("op", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Sigmoid()], ids=str)
@@ -156,7 +155,7 @@ def test_softmax_is_within_its_bound(steps):
 
 @pytest.mark.parametrize("steps", [512, 4096])
 def test_rmsnorm_is_within_its_bound(steps):
-    model, approximated, x = converted(nn.RMSNorm(24), steps=steps)
+    _, approximated, x = converted(nn.RMSNorm(24), steps=steps)
     y, exact = approximated(x), F.rms_norm(x, (24,))
     r = x.square().mean(-1, keepdim=True).sqrt()
     told, tells = float(approximated.input.step), float(approximated.mean.step)
@@ -164,7 +163,6 @@ def test_rmsnorm_is_within_its_bound(steps):
     error = (y / exact).log().abs().amax(-1, keepdim=True)
     assert (error <= tells / 4 + share / (2 - 2 * share) + 1e-4).all()
     assert error.max() > 0
-    assert approximated.weight is model[1].weight
 
 
 @pytest.mark.parametrize("op", [nn.SiLU(), nn.Softmax(dim=-1), nn.RMSNorm(24)], ids=str)
@@ -179,7 +177,7 @@ def test_stepped_fires_what_fused_counts(op, tmp_path):
     assert results[0][1] == results[1][1]
     assert sum(results[0][1].values()) > 0
     spikeplug.save(model, tmp_path / "net")
-    loaded = spikeplug.load(tmp_path / "net", model=net(copy.deepcopy(op)))
+    loaded = spikeplug.load(tmp_path / "net")
     assert torch.equal(loaded(batch(1)), results[1][0])
 
 
@@ -193,7 +191,7 @@ def test_gradients_are_those_of_the_function():
 
 def test_bad_kernels_say_so():
     with pytest.raises(OptionError, match="ttfs-kernels has no form of 'mish'"):
-        converted(nn.Mish())
+        spikeplug.convert(net(nn.Mish()), "ttfs", calibration=[batch()], approximators={"mish": "ttfs-kernels"})
     for options, message in [
         ({"steps": 1}, "steps=1"),
         ({"margin": -1.0}, "margin=-1"),
@@ -205,8 +203,10 @@ def test_bad_kernels_say_so():
     model = net(nn.SiLU())
     nn.init.zeros_(model[0].weight)
     nn.init.zeros_(model[0].bias)
-    with pytest.raises(CalibrationError, match=r"site '1\.input': every number seen is 0: a range of no width"):
-        spikeplug.convert(model, "ttfs", calibration=[batch()], approximators={"*": "ttfs-kernels"}, exclude=["input"])
+    dead = spikeplug.convert(
+        model, "ttfs", calibration=[batch()], approximators={"*": "ttfs-kernels"}, exclude=["input"]
+    )
+    torch.testing.assert_close(dead(batch()), model(batch()), rtol=0, atol=1e-3)
     _, approximated, _ = converted(nn.SiLU())
     with pytest.raises(NonFiniteError, match=r"1\.input"):
         approximated(torch.tensor([float("nan")]))

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 import spikeplug
 from spikeplug.architecture import Watch, unwatched
-from spikeplug.config import config_of
+from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import BundleError, ConversionError, OptionError
-from spikeplug.flow import FlowSite
-from spikeplug.graph import fed
-from spikeplug.network import SpikingGraph, watching
+from spikeplug.graph.network import SpikingGraph, watching
+from spikeplug.graph.streaming import FlowSite
 from spikeplug.site import Site
 from spikeplug_lava_runtime import Bundle, FormatError, save
 from spikeplug_lava_runtime.format import SPEC, STATE_LIMIT
 
 from .integer import IntegerNetwork
-from .lower import lower
+from .lower import fed, lower
 from .quantize import Layer, Quantizer, bits
 
 
@@ -96,14 +95,14 @@ class Lava:
         self, model: nn.Module, batches: Sequence[Tensor], watch: Watch = unwatched
     ) -> tuple[IntegerNetwork, list[Layer]]:
         """The integer network, not written yet, and what became of every population. Raises as `export`."""
-        config = config_of(model)
+        config = conversion_of(model).config
         if any(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise ConversionError("the model is on an accelerator: export it from the CPU, model.cpu()")
         samples = _first(batches, self.fitted).cpu()
         head = {
             "spec": SPEC,
             "producer": {"spikeplug": spikeplug.__version__},
-            "network": model.dense_name if isinstance(model, SpikingGraph) else type(model).__name__,
+            "network": model.captured.name if isinstance(model, SpikingGraph) else type(model).__name__,
             "recipe": config.recipe,
         }
         with torch.no_grad():
@@ -223,15 +222,15 @@ def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
 
 def _population_names(model: SpikingGraph) -> Mapping[str, str]:
     """Name of a site -> name of the population that fires its spikes: the path of the activation that it codes."""
-    known = {node: (path, kind) for node, (path, kind, _) in zip(model.program.graph.nodes, model.ops, strict=True)}
     named: dict[str, str] = {}
-    for node, (_, _, target) in zip(model.program.graph.nodes, model.ops, strict=True):
-        source = getattr(model.get_submodule(target), "source", None) if target else None
+    for node in model.program.graph.nodes:
+        module = model.program.get_submodule(str(node.target)) if node.op == "call_module" else None
+        source = getattr(module, "source", None)
         if not isinstance(source, Site) or source.name in named:
             continue
         before = fed(node)
-        while known[before][1].type in ("Flatten", "flatten", "reshape", "view"):
+        while str(before.target) == "aten.reshape.default":
             before = fed(before)
-        path, kind = known[before]
-        named[source.name] = "image" if kind.kind == "input" else path if kind.kind == "activation" else source.name
+        kind = model.kinds[before.name].kind
+        named[source.name] = {"input": "image", "activation": before.meta["path"]}.get(kind, source.name)
     return named

@@ -8,15 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from spikeplug import ActivationStats, CodeParams, Encoder, Neuron
+from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import ConversionError
-from spikeplug.flow import FlowLayer, FlowSite, Readout, Rescale
-from spikeplug.graph import Affine, Kind, fed
+from spikeplug.graph.capture import operands
+from spikeplug.graph.network import SpikingGraph
+from spikeplug.graph.normalize import affine
+from spikeplug.graph.operations import Kind
+from spikeplug.graph.streaming import FlowAffine, FlowLayer, FlowSite, Readout, Rescale
 from spikeplug.layers import SpikingLayer
-from spikeplug.network import SpikingGraph
 from spikeplug.site import Site
 
 from .integer import unweighted
@@ -24,11 +26,16 @@ from .integer import unweighted
 RESERVED = ("image", "readout", "golden", "input", "output")
 """Names that mean something in the format, or in NIR's graphs."""
 
-AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-AVERAGE_CALLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-ADAPTIVE_CALLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-MEANS = (torch.mean, "mean")
+AVERAGES = ("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d")
+ADAPTIVE = ("aten.adaptive_avg_pool", "aten._adaptive_avg_pool")
+MEAN = "aten.mean.dim"
+
+
+def fed(node: fx.Node) -> fx.Node:
+    """The node that gives a node its first argument."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +118,7 @@ def lower(model: nn.Module, samples: Tensor) -> list[Population]:
         ConversionError: an operation cannot be exported; the message names it.
     """
     if not isinstance(model, SpikingGraph):
-        raise ConversionError(
-            f"{type(model).__name__} was converted module by module: convert it with structure='graph' to export it"
-        )
+        raise ConversionError(f"{type(model).__name__} was not captured as a graph: only such networks are exported")
     return _Lowering(model, samples).run()
 
 
@@ -133,8 +138,12 @@ class _Lowering:
     def __init__(self, model: SpikingGraph, samples: Tensor) -> None:
         self.model, self.populations = model, list[Population]()
         nodes = list(model.program.graph.nodes)
-        self.paths = {node: path for node, (path, *_) in zip(nodes, model.ops, strict=True)}
-        self.kinds = {node: kind for node, (_, kind, _) in zip(nodes, model.ops, strict=True)}
+        self.paths = {node: str(node.meta["path"]) for node in nodes}
+        self.kinds = {node: model.kinds[node.name] for node in nodes}
+        inputs = [node for node in nodes if node.op == "placeholder"]
+        results = next(node for node in nodes if node.op == "output").args[0]
+        if len(inputs) != 1 or len(results) != 1:
+            raise ConversionError(f"{model.captured.name} has several inputs or results: one of each can be exported")
         recorder = _Recorder(model)
         with torch.no_grad(), model.observing():
             recorder.run(samples)
@@ -149,7 +158,8 @@ class _Lowering:
             if self.kinds[node].kind == "size":
                 continue
             if node.op == "output":
-                self._read_out(values[fed(node)], node)
+                result = node.args[0][0]
+                self._read_out(values[result], result)
                 return self.populations
             values[node] = self._value(node, values)
         raise AssertionError("a graph has an output")
@@ -178,21 +188,28 @@ class _Lowering:
         inputs = [values[each] for each in node.all_input_nodes if each in values]
         if kind == "input":
             return Value(raw=True)
-        if isinstance(module, (FlowSite, FlowLayer, SpikingLayer, Site, Rescale, Readout, Affine)):
+        if isinstance(module, (FlowSite, FlowLayer, SpikingLayer, Site, Rescale, Readout)):
             return self._of_ours(node, module, inputs[0])
+        if node.target is affine and not inputs[0].raw:
+            scale, shift = (self.found[each].detach() for each in node.args[1:3])  # type: ignore[index]
+            return self._weighted(
+                node, None, self.linear(node, inputs[0]), self._by_channel(node, scale), self._by_channel(node, shift)
+            )
         if kind == "activation":
             value = self.linear(node, inputs[0])
             return dataclasses.replace(value, activation=(self.kinds[node], self.paths[node]))
         if kind == "add":
             terms = [self.linear(node, each) for each in inputs]
-            factor = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-            return self._added([*terms[:-1], self._scaled(terms[-1], factor)])
+            if len(terms) == 1:
+                terms = terms * 2  # x + x
+            return self._added([self._scaled(each, by) for each, by in zip(terms, _signs(node), strict=True)])
         if kind == "cat":
             return self._concatenated(node, [self.linear(node, each) for each in inputs])
         if kind == "linear":
             return self._linear(node, module, inputs[0])
         reasons = {
-            "preprocessing": "the network changes its input before it is coded, do that before the network",
+            "affine": "the network changes its input before it is coded, do that before the network",
+            "product": "products of activations have no form in the format",
             "weighted": "it was left dense",
             "maxpool": "max pooling acts on accumulated values, which no neuron here holds; use average pooling",
             "nonlinear": "it has no integer form",
@@ -204,20 +221,35 @@ class _Lowering:
         if isinstance(module, FlowSite):
             return self._flow_site(node, module, value)
         if isinstance(module, FlowLayer):
-            weight, bias = module.absorbed()
-            return self._weighted(node, module, value, weight.detach(), None if bias is None else bias.detach())
+            weight, bias = (None if each is None else each.detach() for each in module.absorbed())
+            assert weight is not None
+            if isinstance(module, FlowAffine):
+                weight, bias = self._by_channel(node, weight), None if bias is None else self._by_channel(node, bias)
+            return self._weighted(node, module, value, weight, bias)
         if isinstance(module, SpikingLayer):
             return self._window_layer(node, module, value)
         if isinstance(module, Site):
             return self._decoded(node, self._site(node, module, value), value)
         if isinstance(module, Rescale):
             return self._scaled(value, float(module.factor))
+        if isinstance(module, Readout) and self.kinds[next(iter(node.users))].kind != "output":
+            raise self.refuse(node, "spike trains are decoded there, and nothing in the format works on values")
         if isinstance(module, Readout):
             unit = module.source[0]
             return value if unit is None else self._scaled(value, float(unit.amplitude))
-        assert isinstance(module, Affine)
-        weight, bias = module.weight.detach(), module.bias.detach()
-        return self._weighted(node, module, self.linear(node, value), weight, bias)
+        raise AssertionError(type(module).__name__)
+
+    def _by_channel(self, node: fx.Node, tensor: Tensor) -> Tensor:
+        """A constant that differs by channel only, as `[C]`."""
+        shape = self.shape(node)
+        plain = (
+            tensor.expand(shape[:1] + (1,) * (len(shape) - 1))
+            if tensor.ndim < len(shape) or tensor.ndim == 0
+            else tensor
+        )
+        if any(size != 1 for size in plain.shape[1:]):
+            raise self.refuse(node, "its constants differ by more than the channel")
+        return plain.reshape(-1)
 
     def _flow_site(self, node: fx.Node, site: FlowSite, value: Value) -> Value:
         shape = self.shape(node)
@@ -303,7 +335,7 @@ class _Lowering:
         kind, path = value.activation
         if path not in self.of_activation:
             node = next(each for each, known in self.paths.items() if known == path)
-            encoder = encoder or self.model.spikeplug_config.build()[0]  # type: ignore[union-attr,operator]
+            encoder = encoder or conversion_of(self.model).config.build()[0]
             refitted = params is None
             params = params or encoder.fit(ActivationStats.of(self.found[node]))
             received = Value(value.edges, value.bias)
@@ -416,24 +448,23 @@ class _Lowering:
     def _pooling(
         self, node: fx.Node, module: nn.Module | None, given: tuple[int, ...], shape: tuple[int, ...]
     ) -> tuple[list[int], list[int], list[int]] | None:
-        dims = len(given) - 1
-        if isinstance(module, AVERAGES) or node.target in AVERAGE_CALLS:
-            found = module if module is not None else _call(node)
-            kernel = _tuple(found.kernel_size, dims)
-            stride, padding = _tuple(found.stride or found.kernel_size, dims), _tuple(found.padding, dims)
-            plain = found.count_include_pad or not any(padding)
-            if found.ceil_mode or getattr(found, "divisor_override", None) or not plain:
+        dims, name = len(given) - 1, str(node.target)
+        if name.startswith(AVERAGES):
+            _, size, stride_, padding_, ceil, include, *rest = operands(node)
+            kernel = _tuple(size, dims)
+            stride, padding = _tuple(stride_ or size, dims), _tuple(padding_, dims)
+            plain = include or not any(padding)
+            if ceil or any(rest) or not plain:
                 raise self.refuse(node, "its windows are not all divided by the same number")
             return kernel, stride, padding
-        if isinstance(module, ADAPTIVE) or node.target in ADAPTIVE_CALLS:
+        if name.startswith(ADAPTIVE):
             sizes = shape[1:]
             if any(size % to for size, to in zip(given[1:], sizes, strict=True)):
                 raise self.refuse(node, "its windows are not all of one size")
             kernel = [size // to for size, to in zip(given[1:], sizes, strict=True)]
             return kernel, kernel, [0] * dims
-        if node.target in MEANS:
-            given_dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-            over = sorted(dim % (dims + 2) for dim in _tuple(given_dim or [], 1))
+        if name == MEAN:
+            over = sorted(dim % (dims + 2) for dim in _tuple(node.args[1] or [], 1))
             if over != list(range(2, dims + 2)):
                 raise self.refuse(node, f"a mean over dimensions {over} has no form in the format")
             return list(given[1:]), list(given[1:]), [0] * dims
@@ -479,7 +510,7 @@ class _Lowering:
 
     def _read_out(self, value: Value, node: fx.Node) -> None:
         value = self.linear(node, value)
-        self.populations.append(Population("readout", "readout", self.shape(fed(node)), value))
+        self.populations.append(Population("readout", "readout", self.shape(node), value))
 
 
 def _tuple(value: Any, dims: int) -> list[int]:
@@ -500,18 +531,10 @@ def _padding(module: Any, weight: Tensor) -> list[int]:
     return list(module.padding)
 
 
-@dataclasses.dataclass
-class _Pool:
-    kernel_size: Any
-    stride: Any = None
-    padding: Any = 0
-    ceil_mode: bool = False
-    count_include_pad: bool = True
-    divisor_override: int | None = None
-
-
-def _call(node: fx.Node) -> _Pool:
-    """Arguments of an average pooling that is a function."""
-    args: Any = node.args[1:]
-    kwargs: Any = node.kwargs
-    return _Pool(*args, **kwargs)
+def _signs(node: fx.Node) -> tuple[float, float]:
+    """What an addition or a difference multiplies its two terms by."""
+    name, args = str(node.target), operands(node)
+    alpha = float(args[2]) if len(args) > 2 else 1.0
+    if name.startswith("aten.rsub"):
+        return -alpha, 1.0
+    return (1.0, -alpha) if name.startswith("aten.sub") else (1.0, alpha)

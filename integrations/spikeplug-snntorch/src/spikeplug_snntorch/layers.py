@@ -10,7 +10,7 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from spikeplug.clock import ClockedNetwork, network, tensors_of
+from spikeplug.graph.timestepped import ClockedNetwork, network, tensors_of
 from spikeplug.types import Neuron
 
 
@@ -95,7 +95,7 @@ class SnnTorch:
         return SnnNeuron(neuron, init_hidden=True)
 
     def network(self, model: nn.Module) -> SnnNetwork:
-        """A converted network. Raises as `spikeplug.clock.network`."""
+        """A converted network. Raises as `spikeplug.graph.timestepped.network`."""
         built = network(model, self.wrap, SnnNetwork)
         assert isinstance(built, SnnNetwork)
         return built

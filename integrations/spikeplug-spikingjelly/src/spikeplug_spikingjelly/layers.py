@@ -13,7 +13,7 @@ from spikingjelly.activation_based.op_counter import BaseCounter
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.clock import ClockedNetwork, network, tensors_of
+from spikeplug.graph.timestepped import ClockedNetwork, network, tensors_of
 from spikeplug.types import Neuron
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ class SpikingJelly:
         return SJNeuron(neuron)
 
     def network(self, model: nn.Module) -> SJNetwork:
-        """A converted network, in step mode `'s'`. Raises as `spikeplug.clock.network`."""
+        """A converted network, in step mode `'s'`. Raises as `spikeplug.graph.timestepped.network`."""
         steps = getattr(getattr(model, "flow", None), "steps", 1)
         built = network(model, lambda neuron: FoldedNeuron(neuron, steps), SJNetwork)
         assert isinstance(built, SJNetwork)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from spikeplug import hookimpl
 
 if TYPE_CHECKING:
+    import torch
+
     from spikeplug_transformers.quantizer import SpikeConfig
 
 __all__ = ["SpikeConfig"]
@@ -23,6 +25,19 @@ spikeplug_api = 1
 @hookimpl
 def spikeplug_architectures() -> dict[str, str]:
     return {"transformers": "spikeplug_transformers.architecture:Transformers"}
+
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `config.model_type` whose layers are known to be those of LLaMA."""
+
+
+@hookimpl
+def spikeplug_architecture_of(model: torch.nn.Module) -> str | None:
+    causal = any(
+        cls.__module__.startswith("transformers.") and cls.__name__.endswith("ForCausalLM")
+        for cls in type(model).__mro__
+    )
+    return "transformers" if causal and getattr(model.config, "model_type", None) in FAMILY else None
 
 
 @hookimpl

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from spikeplug.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport
+from spikeplug.conversion.sharing import shared_copy
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
 
 from . import source, text
 from .attention import IMPLEMENTATION
-from .family import family_report, make_model_spiking, needs_our_attention, places
+from .family import check, make_model_spiking, needs_our_attention
 from .quantizer import SpikeConfig, SpikeQuantizer
 
 
@@ -26,9 +26,12 @@ class Transformers(LanguageArchitecture):
 
     target: ClassVar[str] = "lm"
 
-    def prepare(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
+    ) -> nn.Module:
         _refuse_unfit(model)
-        list(places(model))  # refuses a model that is not of the family before a pass changes it
+        check(model, config)  # before a pass changes anything
+        model = model if inplace else shared_copy(model)
         for each in config.build_passes():
             each.apply(model, batches)
         make_model_spiking(model, config)
@@ -46,14 +49,14 @@ class Transformers(LanguageArchitecture):
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
         return ids.numel() if isinstance(ids, Tensor) else 0
 
-    def feed(self, model: Any, batch: Any) -> None:
+    def feed(self, model: Any, batch: Any) -> Any:
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             found = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise CalibrationError(f"a calibration batch is token ids [B, S], or a dict with input_ids; got {found}")
         given = {name: value.to(model.device) for name, value in given.items() if isinstance(value, Tensor)}
-        model(**given, use_cache=False)
+        return model(**given, use_cache=False)
 
     def loss(self, model: Any, batch: Any) -> Tensor:
         """Mean negative log-likelihood of the next token, over a batch of token ids `[B, S]`."""
@@ -63,9 +66,6 @@ class Transformers(LanguageArchitecture):
         batch = batch.to(model.device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-
-    def report(self, model: Any) -> ConversionReport:
-        return family_report(model, model.spikeplug_config.recipe)
 
     def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
         tokenizer = options.pop("tokenizer", None)

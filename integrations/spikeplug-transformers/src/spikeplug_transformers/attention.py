@@ -6,9 +6,7 @@ Fused, a product of two activations is that of their decoded values, and is code
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from spikeplug.errors import ConversionError
-from spikeplug.products import contributions, matrix_product
+from spikeplug.graph.products import Operand, matrix_product_of
 from spikeplug.site import Site
-from spikeplug.types import CodeParams
 
 IMPLEMENTATION = "spikeplug"
 """Name of this attention in transformers' registry."""
@@ -90,7 +87,9 @@ def spiking_attention(
         # A column of ones sums the coded probabilities.
         return F.pad(x, (0, 1), value=float(step == 0)).mT if deferred else x.mT
 
-    scores, _ = _product(_Operand(module, "query", query, queries), _Operand(module, "key", key, keys, new))
+    scores, _ = matrix_product_of(
+        Operand(_site(module, "query"), query, queries), Operand(_site(module, "key"), key, keys, new)
+    )
     scores = scores.view(batch, heads, length, -1)
     if attention_mask is not None:
         scores = scores.add_(attention_mask)
@@ -98,8 +97,9 @@ def spiking_attention(
     if deferred:
         probabilities = probabilities / probabilities.amax(-1, keepdim=True)
     probabilities = F.dropout(probabilities, dropout, module.training)
-    output, coded = _product(
-        _Operand(module, "probabilities", probabilities, rows), _Operand(module, "value", value, values, new)
+    output, coded = matrix_product_of(
+        Operand(_site(module, "probabilities"), probabilities, rows),
+        Operand(_site(module, "value"), value, values, new),
     )
     if deferred:
         output, coded = output[..., :size] / output[..., size:], None
@@ -112,63 +112,6 @@ def _refuse_arguments(given: dict[str, Any]) -> None:
         argument = given.get(name)
         if argument is not None:
             raise ConversionError(f"attention with {name}={argument!r} has no coded form: exclude the attention sites")
-
-
-class _Operand(NamedTuple):
-    """One operand of a product of activations.
-
-    Attributes:
-        shaped: how a tensor `[B, H, S, D]` enters the product, and of which step; what is added to the operand, as the
-            prefix is, comes with step 0.
-        new: as of `Site.forward`.
-    """
-
-    module: nn.Module
-    kind: str
-    x: Tensor
-    shaped: Callable[[Tensor, int], Tensor]
-    new: slice | None = None
-
-    @property
-    def site(self) -> Site | None:
-        return _site(self.module, self.kind)
-
-    def coded(self) -> Tensor:
-        x = self.x if self.site is None else self.site(self.x, self.new)
-        return self.shaped(x, 0)
-
-    def steps(self, p: CodeParams, spikes: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-        """Contributions of the steps, shaped."""
-        assert self.site is not None
-        for step, worth in enumerate(contributions(self.site.encoder, p, spikes)):
-            yield self.shaped(worth.to(dtype), step)
-
-
-def _product(a: _Operand, b: _Operand) -> tuple[Tensor, Tensor | None]:
-    """`A Bᵀ` of two coded operands; and A, coded, where it was decoded."""
-    gradient = torch.is_grad_enabled() and (a.x.requires_grad or b.x.requires_grad)
-    first, second = a.site, b.site
-    if first is not None and second is not None and _stepped(first) and _stepped(second) and not gradient:
-
-        def multiply(p: CodeParams, spikes: Iterator[Tensor], q: CodeParams, others: Iterator[Tensor]) -> Tensor:
-            dtype = functools.reduce(torch.promote_types, (a.x.dtype, b.x.dtype, p.scale.dtype, q.scale.dtype))
-            return _sum(matrix_product(a.steps(p, spikes, dtype), b.steps(q, others, dtype)))
-
-        total: Tensor = first(a.x, a.new, lambda p, spikes: second(b.x, b.new, functools.partial(multiply, p, spikes)))
-        return total.to(a.x.dtype), None
-    coded, other = a.coded(), b.coded()
-    return torch.matmul(coded.to(other.dtype), other.mT), coded
-
-
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    total = next(parts)
-    for each in parts:
-        total += each
-    return total
-
-
-def _stepped(site: Site) -> bool:
-    return site.execution == "stepped" and site.observer is None
 
 
 def _behind(prefix: Tensor, x: Tensor, step: int) -> Tensor:

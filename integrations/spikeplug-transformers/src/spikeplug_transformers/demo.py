@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,12 +120,12 @@ class _Measure:
 
     def __call__(self, dense: Opened, recipe: str | None) -> dict[str, Any]:
         from spikeplug.architecture import Opened
+        from spikeplug.conversion.record import conversion_of
 
         opened, steps, code = dense, None, "floating point"
         if recipe is not None:
-            opened = Opened(copy.deepcopy(dense.model), dense.tokenizer, dense.name)
-            self._convert(opened, recipe)
-            encoder, _ = opened.model.spikeplug_config.build()  # type: ignore[union-attr, operator]
+            opened = Opened(self._convert(dense, recipe), dense.tokenizer, dense.name)
+            encoder, _ = conversion_of(opened.model).config.build()
             steps, code = encoder.steps, str(encoder)
         found = self.architecture.perplexity(
             opened, self.test, seqlen=self.seqlen, tokens=self.tokens, watch=self._named(recipe or "dense")
@@ -143,7 +142,7 @@ class _Measure:
             "sentence": _continue(opened),
         }
 
-    def _convert(self, opened: Opened, recipe: str) -> None:
+    def _convert(self, opened: Opened, recipe: str) -> Any:
         """What `spikeplug.convert` does; recipes with the same sites share what was observed at them."""
         import spikeplug
         from spikeplug.site import sites
@@ -162,7 +161,7 @@ class _Measure:
         else:
             found = self.observed
         spikeplug.fit(model, found, watch=watch)
-        spikeplug.set_execution(model, config.execution)
+        return spikeplug.set_execution(model, config.execution)
 
     def _named(self, recipe: str) -> Watch:
         return lambda stage, done, of: self.watch(f"{recipe}: {stage}", done, of)

@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.record import Conversion
 from spikeplug.coverage import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
+from spikeplug.graph.operations import labels_of
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
-from spikeplug.nonlinear import approximate, labels_of, within
+from spikeplug.nonlinear import approximate, within
 from spikeplug.site import Coder, Site
 
+from . import FAMILY
 from .attention import DEFERRED, OPERANDS, Softmax, refuse_other_attention
-
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `config.model_type` whose layers are known to be those of LLAMA_LAYER."""
 
 READERS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -90,8 +90,8 @@ def refuse_strangers(model: nn.Module) -> None:
             raise ConversionError(f"'{name}' is a {type(module).__name__}, which has no known role in this family")
 
 
-def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
-    """Put uncalibrated sites in every place that is not excluded. Works on a model whose weights are not loaded yet.
+def check(model: nn.Module, config: ConversionConfig) -> None:
+    """Everything that can speak against a conversion, before anything is changed.
 
     Raises:
         ConversionError, OptionError: the model or an exclude pattern does not fit.
@@ -99,18 +99,41 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     found = list(places(model))
     names = {place.name: place.kind for place in found}
     names |= {reader: place.kind for place in found for reader in place.readers}
-    ops = _operations(model)
-    labels = {name: labels_of(op) for name, op in ops.items()}
+    labels = {name: labels_of(op) for name, op in _operations(model).items()}
     config.check_patterns({**{name: (kind, subsystem(name, kind)) for name, kind in names.items()}, **labels})
+    config.build_passes()
+
+
+def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
+    """Put uncalibrated sites in every place that is not excluded, and the record of that on the model.
+
+    Works on a model whose weights are not loaded yet. Raises as `check`.
+    """
+    check(model, config)
     modules = dict(model.named_modules())
-    for place in found:
+    for place in list(places(model)):
         _fill(place, config, modules)
     for _, block in attention_blocks(model):
         block.softmax = Softmax()
-    model.spikeplug_approximated = approximate(model, config, ops)  # type: ignore[assignment]
+    replaced = approximate(model, config, _operations(model))
     if needs_our_attention(config):
         for _, block in attention_blocks(model):
             block.register_forward_pre_hook(refuse_other_attention)
+    report = ConversionReport(config.recipe, tuple(_ops(model, replaced)), f"token at context {CONTEXT}", _delay(model))
+    model.conversion = Conversion(config, report, "transformers")  # type: ignore[assignment]
+    for name in SETTERS:
+        setattr(model, name, _refuse_setter)
+
+
+SETTERS = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")
+"""Methods of transformers' models that would put a dense layer in the place of one on spikes."""
+
+
+def _refuse_setter(*_: Any, **__: Any) -> None:
+    raise ConversionError(
+        "embeddings and head of a converted model are coded: replacing or resizing them would leave a dense layer. "
+        "Resize the dense model, and convert it then"
+    )
 
 
 def subsystem(name: str, kind: str) -> str:
@@ -158,11 +181,6 @@ def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module])
             setattr(place.module, f"{place.kind}_site", site)
 
 
-def family_report(model: nn.Module, recipe: str) -> ConversionReport:
-    """What became of every operation of a converted model."""
-    return ConversionReport(recipe, tuple(_ops(model)), f"token at context {CONTEXT}", _delay(model))
-
-
 PATH = (
     ("input_layernorm",),
     ("self_attn.q_proj",),
@@ -193,8 +211,7 @@ def _delay(model: Any) -> int:
     return int(layers + sum(ends))
 
 
-def _ops(model: Any) -> Iterator[Op]:
-    replaced = model.spikeplug_approximated
+def _ops(model: Any, replaced: dict[str, str]) -> Iterator[Op]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if within(name, replaced):

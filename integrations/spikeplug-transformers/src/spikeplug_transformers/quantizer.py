@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spikeplug.bundle import MANIFEST, read_manifest, verify
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion import set_execution
+from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import CalibrationError, ConversionError
 from spikeplug.layers import CodedEmbedding
 from spikeplug.site import Coder, sites
@@ -87,7 +88,6 @@ class SpikeQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        model.spikeplug_config = self.quantization_config.conversion  # type: ignore[assignment]
         return set_execution(model, self.quantization_config.conversion.execution)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
@@ -103,7 +103,7 @@ class SpikeQuantizer(HfQuantizer):
             if not site.calibrated:
                 raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")
         # save_pretrained writes config.json after this; it shall name the execution that the model has now.
-        self.quantization_config.conversion = model.spikeplug_config  # type: ignore[assignment]
+        self.quantization_config.conversion = conversion_of(model).config
         return None, {}
 
     def is_serializable(self) -> bool:

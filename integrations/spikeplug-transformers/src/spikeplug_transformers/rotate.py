@@ -75,7 +75,7 @@ class Rotate:
             _fold_norm(body.norm, (model.lm_head,))
             _multiply(model.lm_head, right=rotation)
             weight = body.embed_tokens.weight
-            weight.copy_((weight.double() @ rotation.to(weight.device)).to(weight.dtype))
+            rewrite(body.embed_tokens, "weight", weight.double() @ rotation.to(weight.device))
         self.skeleton(model)
         model.config.spikeplug_rotated = True
         return []
@@ -170,8 +170,14 @@ def _hadamard(power: int) -> Tensor:
 
 def _fold_norm(norm: Any, readers: tuple[nn.Linear, ...]) -> None:
     for reader in readers:
-        reader.weight.copy_((reader.weight.double() * norm.weight.double()).to(reader.weight.dtype))
-    norm.weight.fill_(1)
+        rewrite(reader, "weight", reader.weight.double() * norm.weight.double())
+    rewrite(norm, "weight", torch.ones_like(norm.weight))
+
+
+def rewrite(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a module a new parameter; the old one may be that of another model and stays as it is."""
+    old: Any = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
 
 
 def _multiply(layer: nn.Linear, left: Tensor | None = None, right: Tensor | None = None) -> None:
@@ -182,8 +188,8 @@ def _multiply(layer: nn.Linear, left: Tensor | None = None, right: Tensor | None
     if left is not None:
         weight = left.to(weight.device) @ weight
         if layer.bias is not None:
-            layer.bias.copy_((left.to(weight.device) @ layer.bias.double()).to(layer.bias.dtype))
-    layer.weight.copy_(weight.to(layer.weight.dtype))
+            rewrite(layer, "bias", left.to(weight.device) @ layer.bias.double())
+    rewrite(layer, "weight", weight)
 
 
 def _rotate_heads(attention: Any, matrix: Tensor) -> None:

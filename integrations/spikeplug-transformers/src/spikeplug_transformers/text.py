@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikeplug.architecture import Opened, Watch
-from spikeplug.conversion import count_spikes, report
+from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.verbs import count_spikes, report
 from spikeplug.costs import charge
 from spikeplug.errors import NonFiniteError, OptionError
 from spikeplug.site import Coder
@@ -145,5 +146,5 @@ def evaluate(opened: Opened, text: Path, *, seqlen: int, tokens: int | None, wat
         result["spikes"] = {"total": counts.total, "per_token": counts.total / seen}
         result["energy"] = charge(model, counts, seen).summary()
         result["report"] = report(model).summary()
-        result["config"] = model.spikeplug_config.model_dump(mode="json")
+        result["config"] = conversion_of(model).config.model_dump(mode="json")
     return result

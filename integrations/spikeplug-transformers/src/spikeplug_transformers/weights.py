@@ -11,6 +11,8 @@ from torch import nn
 
 from spikeplug.errors import OptionError
 
+from .rotate import rewrite
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeWeights:
@@ -67,8 +69,7 @@ class QuantizeWeights:
             scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high, eps=1e-9)
             whole = quantize_affine(weight, block, scale, zero, torch.int8, low, high)
             rounded = dequantize_affine(whole, block, scale, zero, torch.int8, low, high)
-            with torch.no_grad():
-                module.weight.copy_(rounded.to(module.weight.dtype))
+            rewrite(module, "weight", rounded)
         return []
 
     def skeleton(self, model: nn.Module) -> None:

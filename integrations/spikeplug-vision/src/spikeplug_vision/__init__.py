@@ -9,7 +9,7 @@ spikeplug_api = 1
 
 @hookimpl
 def spikeplug_architectures() -> dict[str, str]:
-    return {"timm": "spikeplug_vision.models:TimmModels", "vision": "spikeplug_vision.images:Vision"}
+    return {"vision": "spikeplug_vision.images:Vision"}
 
 
 @hookimpl

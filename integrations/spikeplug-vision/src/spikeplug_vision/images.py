@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 
 import spikeplug
 from spikeplug.architecture import Watch, unwatched
-from spikeplug.bundle import read_manifest
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion import architecture_of, refuse_target
+from spikeplug.conversion.networks import Networks
+from spikeplug.conversion.record import Conversion
+from spikeplug.conversion.verbs import architecture_of, refuse_target
 from spikeplug.costs import charge
 from spikeplug.diagnosis import Diagnosis
 from spikeplug.errors import BundleError, ConversionError, OptionError
-from spikeplug.modules import ModuleTree
-from spikeplug.network import ORIGIN, SpikingGraph
+from spikeplug.graph.network import SpikingGraph
 from spikeplug.plugins import get_class
 
 from .models import open_model
@@ -124,8 +123,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
 
 
-class Vision(ModuleTree):
-    """Plain PyTorch networks of images, as the command line opens, converts and measures them."""
+class Vision(Networks):
+    """Networks of images, as the command line opens, converts and measures them."""
 
     def open(self, source: str, weights: Path | None = None) -> nn.Module:
         """A network by name or function, or a folder that `spikeplug convert` wrote.
@@ -137,13 +136,8 @@ class Vision(ModuleTree):
             return open_model(source, weights)
         if weights is not None:
             raise OptionError(f"{source} is a converted network, which has its weights: leave --weights out")
-        read_manifest(Path(source))
-        if not (Path(source) / ORIGIN).is_file():
-            raise BundleError(f"{source} does not say which network it was: load it in Python, with model=net")
-        origin = json.loads((Path(source) / ORIGIN).read_text())
-        dense = open_model(origin["model"])
-        model = spikeplug.load(source, model=dense)
-        model.spikeplug_origin, model.spikeplug_preprocess = origin, origin["preprocess"]
+        model = spikeplug.load(source)
+        preprocess_of(model)
         return model
 
     def convert(
@@ -163,16 +157,16 @@ class Vision(ModuleTree):
         if isinstance(dense, SpikingGraph):
             raise ConversionError(f"{source} is a converted network already: convert a dense one")
         refuse_target(recipe, architecture_of(dense))
-        preprocess = dense.spikeplug_preprocess
-        batches = list(Images(images, preprocess, train=True, count=count).batches())  # type: ignore[arg-type]
+        preprocess = preprocess_of(dense)
+        batches = list(Images(images, preprocess, train=True, count=count).batches())
         model = spikeplug.convert(dense, config, calibration=batches, observed=observed, watch=watch)
-        origin = {"model": source, "preprocess": preprocess}
-        model.spikeplug_origin, model.spikeplug_preprocess = origin, preprocess  # type: ignore[assignment]
+        assert isinstance(model.conversion, Conversion)
+        model.conversion.origin = {"model": source, "preprocess": dict(preprocess)}
         return model
 
     def images(self, path: Path, model: nn.Module, count: int | None = None) -> Images:
         """Images prepared for a network that `open` or `convert` gave. Raises OptionError."""
-        return Images(path, model.spikeplug_preprocess, count=count)  # type: ignore[arg-type]
+        return Images(path, preprocess_of(model), count=count)
 
     def diagnose(self, source: str, path: Path, count: int) -> list[Diagnosis]:
         """Every site of a converted network beside its dense twin. Raises SpikeplugError."""
@@ -225,12 +219,31 @@ class Vision(ModuleTree):
         assert isinstance(model, SpikingGraph)
         own = _accuracy(torch.cat(spiking), images.labels) | {"ms_per_image": 1e3 * seconds[1] / len(images)}
         agreement = float((torch.cat(spiking).argmax(1) == torch.cat(dense).argmax(1)).double().mean())
-        result["spiking"] = own | {"agreement": agreement, "framework": framework, "steps_to_result": model.delay}
+        steps = spikeplug.report(model).delay
+        result["spiking"] = own | {"agreement": agreement, "framework": framework, "steps_to_result": steps}
         if counts is not None:
             by_site = {name: found.spikes / max(1, found.neurons) for name, found in counts.by_site.items()}
             fired = {"per_image": counts.total / len(images), "total": counts.total, "per_neuron": by_site}
             result |= {"spikes": fired, "energy": charge(model, counts, len(images)).summary()}
         return result
+
+
+def preprocess_of(model: nn.Module) -> Mapping[str, Any]:
+    """How the images of a network, dense or converted, are prepared.
+
+    Raises:
+        BundleError: a converted network does not say it: it was not converted from images.
+    """
+    conversion = getattr(model, "conversion", None)
+    if not isinstance(conversion, Conversion):
+        dense: Mapping[str, Any] = model.spikeplug_preprocess  # type: ignore[assignment]
+        return dense
+    if "preprocess" not in conversion.origin:
+        raise BundleError(
+            "the network does not say how its images are prepared: it was converted in Python, use it there"
+        )
+    found: Mapping[str, Any] = conversion.origin["preprocess"]
+    return found
 
 
 def _runner(model: nn.Module, framework: str) -> Callable[[Tensor], Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from spikeplug.config import ConversionConfig
-from spikeplug.errors import ConversionError, OptionError, nearest
-from spikeplug.modules import ModuleTree
+from spikeplug.errors import OptionError, nearest
 
 CIFAR = {"size": 32, "crop": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 IMAGENET = {"size": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -174,74 +172,3 @@ class _CifarBlock(nn.Module):
         if self.added:
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added, self.added))
         return F.relu(y + x)
-
-
-class TimmModels(ModuleTree):
-    """timm's networks: its combined layers are taken apart into PyTorch's own before the conversion."""
-
-    def prepare(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
-        take_apart(model)
-        return super().prepare(model, config, batches)
-
-
-class SamePad(nn.Module):
-    """Zero padding as TensorFlow's SAME has it: outputs are ceil(input / stride), more zeros at the end than ahead."""
-
-    spikeplug_linear = True
-
-    def __init__(self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.dilation = tuple(kernel), tuple(stride), tuple(dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pads: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            reversed(x.shape[-2:]), reversed(self.kernel), reversed(self.stride), reversed(self.dilation), strict=True
-        ):
-            over = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            pads += [over // 2, over - over // 2]
-        return F.pad(x, pads)
-
-
-def take_apart(model: nn.Module) -> None:
-    """Replace timm's combined layers by PyTorch's, in place; parameters stay.
-
-    Raises:
-        ConversionError: a combined layer has parts that are not understood.
-    """
-    for name, module in list(model.named_modules()):
-        kinds = {cls.__name__ for cls in type(module).__mro__}
-        if "BatchNormAct2d" in kinds:
-            model.set_submodule(name, _norm_and_activation(module, name))
-        elif "Conv2dSame" in kinds and isinstance(module, nn.Conv2d):
-            pad = SamePad(module.kernel_size, module.stride, module.dilation)
-            model.set_submodule(name, nn.Sequential(pad, _plain_conv(module)))
-        elif isinstance(module, nn.Conv2d) and type(module) is not nn.Conv2d:
-            raise ConversionError(f"'{name}' is a {type(module).__name__}, whose forward is not that of nn.Conv2d")
-
-
-def _norm_and_activation(module: Any, name: str) -> nn.Module:
-    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-    norm.load_state_dict(nn.BatchNorm2d.state_dict(module), strict=False)
-    norm.to(next(module.parameters()).dtype)
-    parts = [norm.train(module.training), module.drop, module.act]
-    for part in parts[1:]:
-        if not type(part).__module__.startswith("torch.nn"):
-            raise ConversionError(f"'{name}' has a {type(part).__name__}, which is not understood")
-    return nn.Sequential(*parts).train(module.training)
-
-
-def _plain_conv(module: nn.Conv2d) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,  # type: ignore[arg-type]
-        module.stride,  # type: ignore[arg-type]
-        0,
-        module.dilation,  # type: ignore[arg-type]
-        module.groups,
-        module.bias is not None,
-        device="meta",
-    )
-    conv.weight, conv.bias = module.weight, module.bias
-    return conv

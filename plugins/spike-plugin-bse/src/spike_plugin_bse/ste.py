@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.bundle import read_manifest, verify, write_folder
-from spikeplug.config import config_of
-from spikeplug.conversion import architecture_of
+from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.sharing import own
+from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import BundleError, NonFiniteError, OptionError
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -107,7 +108,8 @@ class STE:
         """
         if not batches:
             raise OptionError("there is no batch to train on")
-        architecture, config = architecture_of(model), config_of(model)
+        architecture, config = architecture_of(model), conversion_of(model).config
+        own(model)  # the dense model that it was made of keeps its weights
         weights = {name: each for name, each in model.named_parameters() if each.is_floating_point()}
         frozen = {each: each.requires_grad for each in weights.values()}
         optimizer = torch.optim.AdamW(

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from spikeplug.architecture import Watch, unwatched
-from spikeplug.conversion import architecture_of
+from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import OptionError
-from spikeplug.flow import FlowSite
-from spikeplug.network import SpikingGraph, watching
+from spikeplug.graph.network import SpikingGraph, watching
+from spikeplug.graph.streaming import FlowSite
 
 from .encoder import CSS
 
@@ -71,7 +71,7 @@ class Adjust:
         found: dict[FlowSite, float] = {}
 
         def look(site: FlowSite, currents: torch.Tensor, spikes: torch.Tensor) -> None:
-            if site.kind != "image":
+            if not site.encodes:
                 left = site.residual(currents).abs().flatten()
                 value = float(left.kthvalue(max(1, round(left.numel() * self.percentile / 100))).values)
                 found[site] = max(found.get(site, 0.0), value)

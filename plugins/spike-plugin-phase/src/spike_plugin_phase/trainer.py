@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.architecture import Watch, unwatched
-from spikeplug.config import config_of
-from spikeplug.conversion import observe
+from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.verbs import observe
 from spikeplug.errors import CalibrationError, OptionError, indexed
 from spikeplug.site import Site, sites
 from spikeplug.stats import ActivationStats
@@ -273,7 +273,7 @@ class MGPC(Learning):
         """
         if checkpoint is not None:
             raise OptionError("the trainer mgpc takes minutes and keeps no checkpoint: leave it out")
-        config = config_of(model)
+        config = conversion_of(model).config
         found = {
             name: site
             for name, site in sites(model).items()
@@ -295,7 +295,6 @@ class MGPC(Learning):
                 found[name].encoder = new
                 found[name].set_params({key: tensor.to(observed[name].device) for key, tensor in p.tensors().items()})
             losses += [each.losses for each in learned]
-        model.spikeplug_config = config.model_copy(  # type: ignore[assignment]
-            update={"encoder_options": {**config.encoder_options, **options}}
-        )
+        learned_config = config.model_copy(update={"encoder_options": {**config.encoder_options, **options}})
+        conversion_of(model).config = learned_config
         return [float(loss) for loss in torch.stack(losses).mean(0)]

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from spikeplug.config import ConversionConfig
-from spikeplug.errors import CalibrationError, ConversionError, OptionError
-from spikeplug.graph import Affine, Kind, Traced, clipped, fed
+from spikeplug.errors import CalibrationError
+from spikeplug.layers import convolved
 from spikeplug.site import Coder, version
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams, Encoder, Neuron, State
+
+from .operations import Kind
 
 
 class Flow:
@@ -48,16 +49,15 @@ class Flow:
         return sum(self.weights)
 
     @property
-    def ratio(self) -> float:
-        """`d(t) / d(t + 1)`, what accumulated input grows by in a step.
-
-        Raises:
-            ConversionError: it is not the same at every step, so that input does not accumulate.
-        """
+    def accumulates(self) -> bool:
+        """Whether d(t) falls by one factor from step to step, so that input accumulates."""
         ratios = [now / later for now, later in zip(self.weights, self.weights[1:], strict=False)]
-        if any(abs(ratio - ratios[0]) > 1e-9 * ratios[0] for ratio in ratios):
-            raise ConversionError("max pooling needs a code whose weights d(t) fall by one factor from step to step")
-        return ratios[0] if ratios else 1.0
+        return all(abs(ratio - ratios[0]) <= 1e-9 * ratios[0] for ratio in ratios)
+
+    @property
+    def ratio(self) -> float:
+        """`d(t) / d(t + 1)`, what accumulated input grows by in a step."""
+        return self.weights[0] / self.weights[1] if self.steps > 1 else 1.0
 
     def split(self, x: Tensor) -> Tensor:
         """`[T * B, ...] -> [T, B, ...]`, a view."""
@@ -68,7 +68,8 @@ class FlowSite(Coder):
     """Neurons that turn currents into spikes; or, at the network's input, the code of an activation.
 
     Args:
-        kind: `image` for the network's input; `relu`, `clip`; `sum` where signed values become spikes anew.
+        kind: `image` for the network's input, `value` for what was computed on decoded values: their code is that of
+            an activation; `relu`, `clip`; `sum` where signed sums become spikes anew.
         activation: what the neurons apply to their accumulated input.
     """
 
@@ -77,7 +78,7 @@ class FlowSite(Coder):
         self.kind, self.encoder, self.flow, self.activation = kind, encoder, flow, activation
         # Without its own activation a neuron may exist all the same: this says now that this one does not.
         self._neuron = neuron
-        if kind != "image":
+        if not self.encodes:
             self._neuron = neuron.activated(activation.op or "identity", activation.top, flow.steps)
 
     def extra_repr(self) -> str:
@@ -99,9 +100,14 @@ class FlowSite(Coder):
         return scale
 
     @property
+    def encodes(self) -> bool:
+        """Whether it codes an activation, and no neurons answer currents."""
+        return self.kind in ("image", "value")
+
+    @property
     def latency(self) -> int:
         """Steps that its spikes come behind its input."""
-        return 0 if self.kind == "image" else self._neuron.latency
+        return 0 if self.encodes else self._neuron.latency
 
     def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
         assert stats is not None
@@ -128,7 +134,9 @@ class FlowSite(Coder):
 
     def activate(self, x: Tensor) -> Tensor:
         """What the dense network has here."""
-        return clipped(self.activation)(x)
+        if self.activation.op == "relu":
+            return torch.relu(x)
+        return x.clamp(0, self.activation.top) if self.activation.op == "clip" else x
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes `[T * B, ...]` of currents `[T * B, ...]`, or of an image `[B, ...]`."""
@@ -138,7 +146,7 @@ class FlowSite(Coder):
                 if self.observer is not None:
                     self.observer.update(x)
                 return x
-            if self.kind == "image":
+            if self.encodes:
                 spikes = self.encoder.encode(x, self.params())
                 currents = spikes
             else:
@@ -233,8 +241,7 @@ class FlowLinear(FlowLayer, nn.Linear):  # type: ignore[misc]
 
 class _FlowConv(FlowLayer):
     def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
-        return y
+        return convolved(self, x, weight, bias)
 
 
 class FlowConv1d(_FlowConv, nn.Conv1d):
@@ -249,12 +256,39 @@ class FlowConv3d(_FlowConv, nn.Conv3d):
     """`nn.Conv3d` on trains."""
 
 
+class Affine(nn.Module):
+    """`weight * x + bias` by constants that broadcast."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            held = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+
 class FlowAffine(FlowLayer, Affine):  # type: ignore[misc]
-    """A scale and a shift per channel, on trains."""
+    """A scale and a shift by constants, on trains."""
 
     def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert bias is not None
-        return Affine.line(self, x, weight, bias)
+        return x * weight if bias is None else x * weight + bias
+
+
+class FlowConvTranspose1d(_FlowConv, nn.ConvTranspose1d):  # type: ignore[misc]
+    """`nn.ConvTranspose1d` on trains."""
+
+
+class FlowConvTranspose2d(_FlowConv, nn.ConvTranspose2d):  # type: ignore[misc]
+    """`nn.ConvTranspose2d` on trains."""
+
+
+class FlowConvTranspose3d(_FlowConv, nn.ConvTranspose3d):  # type: ignore[misc]
+    """`nn.ConvTranspose3d` on trains."""
 
 
 FLOWING: dict[type[nn.Module], type[FlowLayer]] = {
@@ -262,6 +296,9 @@ FLOWING: dict[type[nn.Module], type[FlowLayer]] = {
     nn.Conv1d: FlowConv1d,
     nn.Conv2d: FlowConv2d,
     nn.Conv3d: FlowConv3d,
+    nn.ConvTranspose1d: FlowConvTranspose1d,
+    nn.ConvTranspose2d: FlowConvTranspose2d,
+    nn.ConvTranspose3d: FlowConvTranspose3d,
     Affine: FlowAffine,
 }
 """Weighted layers, and what each becomes."""
@@ -335,22 +372,10 @@ class FlowMaxPool(nn.Module):
         return self.neuron.window(self.flow.split(x)).flatten(0, 1)
 
 
-class Called(nn.Module):
-    """A function and its fixed arguments, as a module."""
-
-    def __init__(self, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.function, self.args, self.kwargs = function, args, dict(kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.function(x, *self.args, **self.kwargs)
-        return y
-
-
 class Readout(nn.Module):
-    """The value of the output's train: `[T * B, ...] -> [B, ...]`."""
+    """The value of a train, at the output or ahead of what works on values: `[T * B, ...] -> [B, ...]`."""
 
-    def __init__(self, flow: Flow, source: FlowSite | None) -> None:
+    def __init__(self, flow: Flow, source: FlowSite | None = None) -> None:
         super().__init__()
         self.flow, self.source = flow, (source,)
 
@@ -359,183 +384,3 @@ class Readout(nn.Module):
             return x
         value: Tensor = torch.tensordot(x.new_tensor(self.flow.weights), self.flow.split(x), dims=1)
         return value if self.source[0] is None else value * self.source[0].amplitude.to(x.dtype)
-
-
-def route(traced: Traced, config: ConversionConfig) -> tuple[Flow, int]:
-    """Put sites, layers on trains and rescaling in place, in the traced graph; return the shared state and the delay.
-
-    Raises:
-        ConversionError: an operation cannot be done on trains; the message names it.
-    """
-    flow = Flow(config.build()[0])
-    _pool_first(traced)
-    _place_sites(traced, config, flow)
-    _fit_units(traced, flow)
-    return flow, flow.steps + max(_starts(traced).values(), default=0)
-
-
-def _pool_first(traced: Traced) -> None:
-    """Let max pooling act on the input of the activation ahead of it: both are monotone, so the result is the same."""
-    moved = True
-    while moved:
-        moved = False
-        for pool in traced.of_kind("maxpool"):
-            before = fed(pool)
-            if traced.kinds[before].kind == "activation" and len(before.users) == 1:
-                pool.replace_all_uses_with(before)
-                pool.args = (fed(before), *pool.args[1:])
-                before.args = (pool, *before.args[1:])
-                before.prepend(pool)
-                moved = True
-
-
-def _place_sites(traced: Traced, config: ConversionConfig, flow: Flow) -> None:
-    def site(path: str, kind: str, activation: Kind) -> FlowSite:
-        encoder, neuron = config.build(path, kind)
-        assert neuron is not None
-        if encoder.steps != flow.steps:
-            raise OptionError(
-                f"'{path}' has {encoder.steps} steps, the network {flow.steps}: trains that flow have one T"
-            )
-        try:
-            return FlowSite(path, kind, encoder, neuron, activation, flow)
-        except OptionError as error:
-            raise ConversionError(f"'{path}' ({activation.type}): {error}") from None
-
-    first = next(
-        node for node in reversed(list(traced.graph.nodes)) if traced.kinds[node].kind in ("input", "preprocessing")
-    )
-    plain = Kind("site", "input")
-    path = traced.free("image")
-    image = traced.insert(first, path, site(path, "image", plain), plain)
-    first.replace_all_uses_with(image, delete_user_cb=lambda user: user is not image)
-    spikes = {image}  # what carries spikes, or averages and the like of them
-    for node in list(traced.graph.nodes):
-        kind = traced.kinds[node]
-        if kind.kind == "activation":
-            path = traced.paths[node]
-            traced.root.add_submodule(path, site(path, "clip" if kind.op == "clip" else "relu", kind))
-            with traced.graph.inserting_before(node):
-                new = traced.graph.call_module(path, (node.args[0],))
-            traced.kinds[new], traced.paths[new] = dataclasses.replace(kind, kind="site"), path
-            node.replace_all_uses_with(new)
-            traced.graph.erase_node(node)
-            spikes.add(new)
-        elif kind.kind in ("linear", "cat") and all(each in spikes for each in _trains(traced, node)):
-            spikes.add(node)
-        elif kind.kind == "weighted":
-            before = fed(node)
-            if before not in spikes:
-                path = f"{traced.paths[before]}_spikes"
-                signed = Kind("site", "signed sum")
-                new = traced.insert(before, path, site(path, "sum", signed), signed)
-                before.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)  # type: ignore[misc]
-                spikes.add(new)
-
-
-def _trains(traced: Traced, node: fx.Node) -> list[fx.Node]:
-    return [each for each in node.all_input_nodes if traced.kinds[each].kind != "size"]
-
-
-def _site(traced: Traced, node: fx.Node) -> FlowSite | None:
-    module = traced.module(node) if node.op == "call_module" else None
-    return module if isinstance(module, FlowSite) else None
-
-
-def _fit_units(traced: Traced, flow: Flow) -> None:
-    """Say of every train in whose amplitudes it is; layers absorb the change, elsewhere a Rescale makes it."""
-    wanted = _wanted(traced)
-    unit: dict[fx.Node, FlowSite | None] = {}
-    pooled: dict[fx.Node, bool] = {}
-    fired: dict[fx.Node, tuple[FlowSite, ...]] = {}
-    for node in list(traced.graph.nodes):
-        kind = traced.kinds[node].kind
-        trains = _trains(traced, node)
-        if kind in ("input", "size", "preprocessing"):
-            continue
-        site = _site(traced, node)
-        pooled[node] = (
-            site is None
-            and kind not in ("weighted", "affine")
-            and (traced.kinds[node].pools or any(pooled.get(each, False) for each in trains))
-        )
-        fired[node] = tuple(dict.fromkeys(each for train in trains for each in fired.get(train, ())))
-        if site is not None:
-            fired[node] = (site,)
-            if site.kind != "image":
-                _express(traced, flow, node, unit, site)
-            unit[node] = site
-        elif kind in ("weighted", "affine"):
-            layer = traced.module(node)
-            layer.__class__ = FLOWING[type(layer)]
-            assert isinstance(layer, FlowLayer)
-            layer.attach(flow, fired[trains[0]], unit[trains[0]], wanted[node], pooled[trains[0]])
-            unit[node] = wanted[node]
-        elif kind == "linear":
-            unit[node] = unit[trains[0]]
-        elif kind == "maxpool":
-            unit[node] = unit[trains[0]]
-            _pool(traced, flow, node, unit, pooled, fired)
-        elif kind in ("add", "cat"):
-            shared = {unit[each] for each in trains}
-            unit[node] = shared.pop() if len(shared) == 1 else wanted[node]
-            _express(traced, flow, node, unit, unit[node])
-        elif kind == "output":
-            with traced.graph.inserting_before(node):
-                path = traced.free("readout")
-                traced.root.add_submodule(path, Readout(flow, unit[trains[0]]))
-                read = traced.graph.call_module(path, (trains[0],))
-            traced.kinds[read], traced.paths[read] = Kind("output", "readout"), path
-            node.args = (read,)
-
-
-def _wanted(traced: Traced) -> dict[fx.Node, FlowSite | None]:
-    """The site that a train feeds, where it feeds one only: its currents are then in that one's amplitudes."""
-    wanted: dict[fx.Node, FlowSite | None] = {}
-    for node in reversed(list(traced.graph.nodes)):
-        found = set()
-        for user in node.users:
-            kind = traced.kinds[user].kind
-            if kind == "size":
-                continue
-            found.add(_site(traced, user) or (None if kind in ("weighted", "affine", "output") else wanted[user]))
-        wanted[node] = found.pop() if len(found) == 1 else None
-    return wanted
-
-
-def _express(
-    traced: Traced, flow: Flow, node: fx.Node, unit: dict[fx.Node, FlowSite | None], to: FlowSite | None
-) -> None:
-    """Rescale those inputs of a node that are not in the amplitudes of `to`."""
-    for index, train in enumerate(_trains(traced, node)):
-        if unit[train] is to:
-            continue
-        path = f"{traced.paths[node]}_scale{index or ''}"
-        traced.root.add_submodule(path, Rescale(flow, unit[train], to))
-        with traced.graph.inserting_before(node):
-            scaled = traced.graph.call_module(path, (train,))
-            traced.kinds[scaled], traced.paths[scaled], unit[scaled] = Kind("linear", "rescale"), path, to
-        node.replace_input_with(train, scaled)
-
-
-def _pool(traced: Traced, flow: Flow, node: fx.Node, *found: dict[fx.Node, Any]) -> None:
-    """Pool accumulated input in the place of a node; what is known of the node holds of what stands for it."""
-    pool = traced.module(node) if node.op == "call_module" else Called(node.target, node.args[1:], node.kwargs)  # type: ignore[arg-type]
-    path = f"{traced.paths[node]}_trains"
-    traced.root.add_submodule(path, FlowMaxPool(flow, pool))
-    with traced.graph.inserting_before(node):
-        new = traced.graph.call_module(path, (node.args[0],))
-    for known in (traced.kinds, traced.paths, *found):
-        known[new] = known[node]
-    node.replace_all_uses_with(new)
-    traced.graph.erase_node(node)
-
-
-def _starts(traced: Traced) -> dict[fx.Node, int]:
-    """Step of the network's clock at which a train begins: silent steps add up along the longest path."""
-    starts: dict[fx.Node, int] = {}
-    for node in traced.graph.nodes:
-        site = _site(traced, node)
-        begun = max((starts[each] for each in node.all_input_nodes), default=0)
-        starts[node] = begun + (site.latency if site is not None else 0)
-    return starts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -12,31 +14,47 @@ from torch import Tensor, nn
 
 from spikeplug import plugins
 from spikeplug.architecture import Architecture, Watch, unwatched
-from spikeplug.config import ConversionConfig, config_of
+from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport
-from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, OptionError, UnknownNameError
-from spikeplug.flow import FlowLayer, FlowSite
+from spikeplug.errors import CalibrationError, ConversionError, OptionError
+from spikeplug.graph.capture import unwrapped
+from spikeplug.graph.streaming import FlowSite
 from spikeplug.observed import load_observed, save_observed
 from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
 
+from .plan import Plan, refuse_nonfinite
+from .record import Conversion, conversion_of
+from .verify import verify_conversion
+
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The architecture that handles this model: that of the most derived class a plugin knows the package of.
+    """The architecture that handles this model, converted or dense.
 
     Raises:
-        UnknownNameError: the model's package has a plugin that is not installed.
+        UnknownNameError: the plugin that handles it is not installed.
     """
-    known = plugins.registry().names("architecture")
-    for cls in type(model).__mro__:
-        package = cls.__module__.partition(".")[0]
-        if package in known:
-            architecture: Architecture = plugins.get_class("architecture", package)()
-            return architecture
-        if ("architecture", package) in plugins.FIRST_PARTY:
-            plugins.registry().find("architecture", package)
-    raise UnknownNameError(f"{type(model).__name__} is no model of a known kind; kinds: {', '.join(known)}")
+    conversion = getattr(model, "conversion", None)
+    if isinstance(conversion, Conversion):
+        name: str | None = conversion.architecture
+    else:
+        model = unwrapped(model)
+        name = plugins.architecture_name(model)
+        causal = type(model).__module__.startswith("transformers.") and type(model).__name__.endswith("ForCausalLM")
+        if name is None and causal:
+            plugins.registry().find("architecture", "transformers")  # its plugin brings cache and generation
+    architecture: Architecture = plugins.get_class("architecture", name or "network")()
+    return architecture
+
+
+def _chosen(model: nn.Module, config: ConversionConfig) -> Architecture:
+    """The architecture by which a dense model is converted."""
+    architecture = architecture_of(model)
+    if config.structure == "layers" and architecture.target == "module":
+        layers: Architecture = plugins.get_class("architecture", "layers")()
+        return layers
+    return architecture
 
 
 def convert(
@@ -44,48 +62,118 @@ def convert(
     recipe: str | Recipe | ConversionConfig,
     *,
     calibration: Iterable[Any] | None = None,
+    example: Any = None,
     observed: str | os.PathLike[str] | None = None,
+    inplace: bool = False,
+    verify: bool = True,
     watch: Watch = unwatched,
     **options: Any,
 ) -> nn.Module:
-    """Turn a dense model into a spiking one, in place, and return it; a traced one is a new module around its layers.
+    """A spiking network made of a dense model, which stays as it is.
+
+    It is a new module; tensors that no rewrite changed are shared with the dense model, not copied.
 
     Args:
-        model: what to convert: a plain PyTorch model, or one of a kind whose plugin is installed.
+        model: what to convert: any PyTorch network, or a language model whose plugin is installed.
         recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
-        calibration: batches as the model takes them: a tensor, a tuple of arguments, or a dict of named ones.
+        calibration: batches: a tensor, a tuple of inputs in order (labels behind them are left out), or a dict of named
+            ones.
+        example: a batch to capture the network on, where there is no calibration; else its first batch.
         observed: file of what the sites see in the calibration data: read where it exists, else written, so that other
             recipes for this model need no second pass over the data.
+        inplace: change the given language model, for one that does not fit twice.
+        verify: compare the result with the dense model on the example, codes left out, and stepped layers with fused
+            ones; costs three passes and one stepped sample.
         watch: called with the stage, the batches or sites done and their number, to show progress.
         options: options of the recipe's code (`steps=8`) or keys of ConversionConfig (`exclude=["head"]`).
 
     Raises:
-        UnknownNameError, OptionError: the recipe or an option is not known or out of range.
-        CalibrationError: the code needs calibration and none was given; or calibration failed, and the model is left
-            with sites that wait for `spikeplug.calibrate`; or the file is of another model or other data.
+        UnknownNameError, OptionError: the recipe or an option is not known or out of range; or the model does not take
+            the batches.
+        CalibrationError: the code needs calibration and none was given; or it failed; or the file is of another model
+            or other data.
         BundleError: the file cannot be read or written.
         NonFiniteError: a weight is NaN or infinite; the message names it.
-        ConversionError: the model cannot be converted; the message names the part.
+        ConversionError: the model cannot be converted; the message names every part that stands against it.
     """
     config = ConversionConfig.resolve(recipe, options)
+    _refuse_converted(model)
+    architecture = _chosen(model, config)
+    refuse_target(recipe, architecture)
     encoder, _ = config.build()
-    refuse_target(recipe, architecture_of(model))
     if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
-    if any(isinstance(module, (Coder, FlowLayer)) for module in model.modules()):
-        raise ConversionError(
-            f"{type(model).__name__} is a converted model already: convert a dense one; if its calibration failed, "
-            "call spikeplug.calibrate(model, batches)"
-        )
-    _refuse_nonfinite(model)
-    if calibration is not None and (config.passes or observed is not None):
-        calibration = list(calibration)  # read twice: by the passes or to know them again, and to calibrate
-        model = prepare(model, config, calibration)
-    else:
-        model = prepare(model, config)
-    if calibration is not None:
-        fit(model, _seen(model, calibration, observed, watch), watch=watch)
-    return set_execution(model, config.execution)
+    batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or observed is not None)
+    if example is None and batches is not None:
+        example = batches.first()
+    refuse_nonfinite(model)
+    given = list(batches) if batches is not None and batches.kept else [] if example is None else [example]
+    spiking = architecture.prepare(model, config, given, inplace=inplace)
+    if batches is not None:
+        fit(spiking, _seen(spiking, batches, observed, watch), watch=watch)
+    spiking = set_execution(spiking, config.execution)
+    if verify and example is not None:
+        verify_conversion(model, spiking, example, architecture, changed=inplace)
+    return spiking
+
+
+class _Batches:
+    """Calibration batches of which the first is looked at ahead of the others."""
+
+    def __init__(self, batches: Iterable[Any], keep: bool) -> None:
+        # Batches that are read twice are kept: by passes, or to know them again.
+        self.kept = keep or isinstance(batches, Sequence)
+        self._of = batches if isinstance(batches, Sequence) else list(batches) if keep else batches
+        self._iterator: Iterator[Any] | None = None
+        self._ahead: list[Any] = []
+
+    def first(self) -> Any:
+        """The first batch. Raises CalibrationError: there is none."""
+        if self.kept:
+            known: Any = self._of
+            if not len(known):
+                raise CalibrationError("there is no calibration batch: give at least one")
+            return known[0]
+        self._iterator = iter(self._of)
+        for batch in self._iterator:
+            self._ahead = [batch]
+            return batch
+        raise CalibrationError("there is no calibration batch: give at least one")
+
+    def __len__(self) -> int:
+        return len(self._of) if isinstance(self._of, Sized) else 0
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._iterator is None:
+            return iter(self._of)
+        ahead, rest = self._ahead, self._iterator
+        self._iterator = None
+        return itertools.chain(ahead, rest)
+
+
+def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any, **options: Any) -> Plan:
+    """What `convert` would make of a network, and everything that speaks against it; nothing is changed.
+
+    Args:
+        example: a batch, as of `convert`.
+
+    Raises:
+        UnknownNameError, OptionError, NonFiniteError: as `convert`.
+        ConversionError: the network cannot be captured, or is no network that is captured.
+    """
+    config = ConversionConfig.resolve(recipe, options)
+    _refuse_converted(model)
+    architecture = architecture_of(model)
+    refuse_target(recipe, architecture)
+    if not hasattr(architecture, "plan"):
+        raise ConversionError(f"{type(model).__name__} is converted by its family, of which there is no plan yet")
+    found: Plan = architecture.plan(model, config, [example])
+    return found
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    if isinstance(getattr(model, "conversion", None), Conversion):
+        raise ConversionError(f"{type(model).__name__} is a converted model already: convert a dense one")
 
 
 def _seen(
@@ -110,14 +198,12 @@ def refuse_target(recipe: str | Recipe | ConversionConfig, architecture: Archite
 
 
 def prepare(model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = ()) -> nn.Module:
-    """Put the spiking modules of a configuration in place, without calibrating them. Raises as `convert`.
+    """A model with the spiking modules of a configuration in place, without calibrating them. Raises as `convert`.
 
     Args:
-        batches: calibration data, for passes that look for something in it.
+        batches: calibration data, for passes that look for something in it, the first as the example.
     """
-    model = architecture_of(model).prepare(model, config, batches)
-    model.spikeplug_config = config  # type: ignore[assignment]
-    return model
+    return _chosen(model, config).prepare(model, config, batches)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatched) -> nn.Module:
@@ -164,7 +250,7 @@ def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatche
         CalibrationError: no batch, or a site that no batch reached.
         NonFiniteError: a site saw NaN or infinity; the message names it.
     """
-    config, architecture = config_of(model), architecture_of(model)
+    config, architecture = conversion_of(model).config, architecture_of(model)
     _fit_domains(model)
     observing = {name: site for name, site in sites(model).items() if site.static and site.observes}
     training = {module: module.training for module in model.modules()}
@@ -172,9 +258,9 @@ def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatche
     for seed, site in enumerate(observing.values()):
         site.observer = Observer(site.channels, config.samples, seed)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), architecture.observing(model):
             for index, batch in enumerate(batches):
-                watch("calibrating", index, len(batches) if isinstance(batches, Sized) else None)
+                watch("calibrating", index, (len(batches) or None) if isinstance(batches, Sized) else None)
                 architecture.feed(model, batch)
         return {name: _stats(site) for name, site in observing.items()}
     finally:
@@ -182,7 +268,6 @@ def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatche
             module.training = mode
         for site in observing.values():
             site.observer = None
-            site.forget()
 
 
 def _stats(site: Coder) -> ActivationStats:
@@ -209,12 +294,24 @@ def _fit(
         watch("fitting", len(fitted), len(coders))
         together = [coders[name] for name in names]
         try:
-            found = together[0].fit_all(together, [observed[name] for name in names])
+            found = together[0].fit_all(together, [_alive(observed[name]) for name in names])
         except CalibrationError as error:
             raise CalibrationError(f"site '{together[error.index or 0].name}': {error}") from None
         for name, tensors in zip(names, found, strict=True):
             fitted[name] = {key: tensor.to(observed[name].device) for key, tensor in tensors.items()}
     return fitted
+
+
+def _alive(stats: ActivationStats) -> ActivationStats:
+    """Statistics of a place that was never active as those of 0 .. 1: its code is 0, whatever the scheme."""
+    if bool((stats.low != 0).any()) or bool((stats.high != 0).any()):
+        return stats
+    ends = {"high": torch.ones_like(stats.high)}
+    for name in ("values", "rows"):
+        sample = getattr(stats, name).clone()
+        sample[sample.shape[0] // 2 :] = 1
+        ends[name] = sample
+    return dataclasses.replace(stats, **ends)  # type: ignore[arg-type]
 
 
 def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
@@ -233,10 +330,10 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
         if isinstance(site, FlowSite) and execution == "fused":
             raise OptionError(f"execution='fused': trains of '{site.encoder.name}' flow, they run stepped only")
         site.execution = execution
-        site.forget()
-    config = getattr(model, "spikeplug_config", None)
-    if isinstance(config, ConversionConfig):
-        model.spikeplug_config = config.model_copy(update={"execution": execution})  # type: ignore[assignment]
+    for module in model.modules():
+        conversion = getattr(module, "conversion", None)
+        if isinstance(conversion, Conversion):
+            conversion.config = conversion.config.model_copy(update={"execution": execution})
     return model
 
 
@@ -261,23 +358,14 @@ def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
     found = sites(model)
     counts = SpikeCounts({name: SpikeCount() for name in found})
     for name, site in found.items():
-        site.forget()
         site.counters.append(counts.by_site[name])
     try:
         yield counts
     finally:
         for name, site in found.items():
-            site.forget()
             site.counters.remove(counts.by_site[name])
 
 
 def report(model: nn.Module) -> ConversionReport:
     """What became of every operation of a converted model. Raises ConversionError when it is not converted."""
-    sites(model)
-    return architecture_of(model).report(model)
-
-
-def _refuse_nonfinite(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(f"parameter '{name}' holds NaN or infinity: the checkpoint is damaged")
+    return conversion_of(model).report

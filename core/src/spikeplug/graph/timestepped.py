@@ -11,16 +11,16 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from spikeplug.errors import ConversionError
-from spikeplug.flow import FlowLayer, FlowMaxPool, FlowSite, PooledInput, Readout, Rescale
-from spikeplug.graph import fed
-from spikeplug.network import SpikingGraph
 from spikeplug.types import Neuron, State
+
+from .network import SpikingGraph
+from .streaming import FLOWING, FlowLayer, FlowMaxPool, FlowSite, PooledInput, Readout, Rescale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,63 +185,98 @@ def network(
             "only networks whose trains flow (recipes css, css-q) can be handed out as networks of neurons: other "
             "codes wait for whole windows"
         )
-    source, steps = model.program, model.flow.steps
-    graph, root = fx.Graph(), nn.Module()
-    made: dict[fx.Node, fx.Node] = {}
-    starts: dict[fx.Node, int] = {}
-    image = readout = None
-    for node in source.graph.nodes:
-        trains = [each for each in node.all_input_nodes if each in starts]
-        start = max((starts[each] for each in trains), default=0)
-        module = source.get_submodule(node.target) if node.op == "call_module" else None
+    return _Rebuilding(model, wrap).run(build)
+
+
+class _Rebuilding:
+    """Rebuilds a network of another framework's layers, one operation after the other."""
+
+    def __init__(self, model: SpikingGraph, wrap: Callable[[Neuron], nn.Module]) -> None:
+        assert model.flow is not None
+        self.model, self.wrap, self.steps = model, wrap, model.flow.steps
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.starts: dict[fx.Node, int] = {}
+        self.image: FlowSite | None = None
+        self.readout: Readout | None = None
+
+    def run(self, build: type[ClockedNetwork]) -> ClockedNetwork:
+        """The rebuilt network. Raises ConversionError."""
+        for node in self.model.program.graph.nodes:
+            if node.op == "output":
+                self.graph.output(self.made[self._result(node)])
+            else:
+                self._add(node)
+        assert self.image is not None
+        assert self.readout is not None
+        delay = self.model.conversion.report.delay
+        assert delay is not None
+        return build(fx.GraphModule(self.root, self.graph, "Layers"), self.image, self.readout, delay)
+
+    def _result(self, node: fx.Node) -> fx.Node:
+        results: Any = node.args[0]
+        if len(results) != 1 or self.readout is None:
+            raise ConversionError("the network has several results: on a clock there is one")
+        found: fx.Node = results[0]
+        return found
+
+    def _add(self, node: fx.Node) -> None:
+        trains = [each for each in node.all_input_nodes if each in self.starts]
+        start = max((self.starts[each] for each in trains), default=0)
+        module = self.model.program.get_submodule(str(node.target)) if node.op == "call_module" else None
         if node.op == "placeholder":
-            made[node] = graph.placeholder("spikes")
-            continue
-        if isinstance(module, FlowSite) and module.kind == "image":
-            image, made[node], starts[node] = module, made[source_input(node)], 0
-            continue
-        if isinstance(module, Readout):
-            readout, made[node], starts[node] = module, made[trains[0]], start
-            continue
-        if node.op == "output":
-            graph.output(made[node.args[0]])
-            continue
+            if any(each.op == "placeholder" for each in self.made):
+                raise ConversionError("the network has several inputs: on a clock there is one")
+            self.made[node] = self.graph.placeholder("spikes")
+        elif isinstance(module, FlowSite) and module.encodes:
+            self._code(node, module)
+        elif isinstance(module, Readout):
+            if any(user.op != "output" for user in node.users):
+                raise ConversionError(
+                    f"'{node.meta['path']}' decodes spike trains within the network, which waits for whole windows: "
+                    "such a network has no clock"
+                )
+            self.readout, self.made[node], self.starts[node] = module, self.made[trains[0]], start
+        elif node.op == "get_attr" or trains or self._is_size(node):
+            self._copy(node, module, trains, start)
+
+    def _is_size(self, node: fx.Node) -> bool:
+        return self.model.kinds[node.name].kind == "size"
+
+    def _code(self, node: fx.Node, module: FlowSite) -> None:
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or before.op != "placeholder" or self.image is not None:
+            raise ConversionError(
+                "the network changes its input before it is coded: do that before the network instead"
+            )
+        self.image, self.made[node], self.starts[node] = module, self.made[before], 0
+
+    def _copy(self, node: fx.Node, module: nn.Module | None, trains: list[fx.Node], start: int) -> None:
         inputs = {
-            each: _delayed(graph, root, wrap, made[each], start - starts[each]) if each in starts else made[each]
+            each: self._delayed(self.made[each], start - self.starts[each]) if each in self.starts else self.made[each]
             for each in node.all_input_nodes
         }
-        name = node.name
-        if module is None:
-            made[node] = graph.node_copy(node, inputs.__getitem__)
+        if node.op == "get_attr":
+            tensor: Any = self.model.program
+            for name in str(node.target).split("."):
+                tensor = getattr(tensor, name)
+            self.root.register_buffer(node.name, tensor.detach().clone())
+            self.made[node] = self.graph.get_attr(node.name)
+        elif module is None:
+            self.made[node] = self.graph.node_copy(node, inputs.__getitem__)
         else:
-            root.add_module(name, _rebuilt(module, start, steps, wrap))
-            made[node] = graph.call_module(name, tuple(inputs[each] for each in node.args))
+            self.root.add_module(node.name, _rebuilt(module, start, self.steps, self.wrap))
+            self.made[node] = self.graph.call_module(node.name, tuple(inputs[each] for each in node.args))  # type: ignore[index]
         if trains:
-            starts[node] = start + (module.latency if isinstance(module, FlowSite) else 0)
-    assert image is not None
-    assert readout is not None
-    return build(fx.GraphModule(root, graph, "Layers"), image, readout, model.delay)
+            self.starts[node] = start + (module.latency if isinstance(module, FlowSite) else 0)
 
-
-def source_input(node: fx.Node) -> fx.Node:
-    """The placeholder that a node's input was made of.
-
-    Raises:
-        ConversionError: it was preprocessed; another framework gets spikes, so do that before it.
-    """
-    before = fed(node)
-    if before.op != "placeholder":
-        raise ConversionError("the network changes its input before it is coded: do that before the network instead")
-    return before
-
-
-def _delayed(graph: fx.Graph, root: nn.Module, wrap: Callable[[Neuron], nn.Module], node: fx.Node, by: int) -> fx.Node:
-    if not by:
-        return node
-    name = f"{node.name}_delay{by}"
-    if not hasattr(root, name):
-        root.add_module(name, wrap(Delay(by)))
-    return graph.call_module(name, (node,))
+    def _delayed(self, node: fx.Node, by: int) -> fx.Node:
+        if not by:
+            return node
+        name = f"{node.name}_delay{by}"
+        if not hasattr(self.root, name):
+            self.root.add_module(name, self.wrap(Delay(by)))
+        return self.graph.call_module(name, (node,))
 
 
 def _rebuilt(
@@ -263,7 +298,7 @@ def _plain(module: FlowLayer) -> nn.Module:
     """The dense layer with the absorbed weights."""
     with torch.no_grad():
         weight, bias = module.absorbed()
-    dense = next(base for base in type(module).__mro__ if base.__module__.startswith(("torch.nn", "spikeplug.graph")))
+    dense: Any = next(cls for cls, flowing in FLOWING.items() if flowing is type(module))
     twin = copy.copy(module)
     twin.__dict__ = {
         key: value

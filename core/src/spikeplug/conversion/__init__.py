@@ -1,0 +1,1 @@
+"""Conversion: planned, checked, applied, calibrated and verified. Imports nothing by itself."""

@@ -1,0 +1,173 @@
+"""Networks of any kind: captured as a graph, planned, converted, saved with it and loaded without their class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from spikeplug.architecture import Architecture
+from spikeplug.config import ConversionConfig
+from spikeplug.errors import BundleError, CalibrationError, OptionError
+from spikeplug.graph.capture import unwrapped
+from spikeplug.graph.network import SpikingGraph, samples_of
+from spikeplug.graph.stored import of_json, to_json
+from spikeplug.site import Coder
+
+from .plan import Plan, build, plan_network
+from .sharing import shared_copy
+
+WEIGHTS = "model.safetensors"
+GRAPH = "graph.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldBatchNorm:
+    """Batch norms merged into the layers beside them. Planning does that with every network: this adds nothing."""
+
+    name: ClassVar[str] = "fold-bn"
+
+    def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> list[str]:
+        """Nothing: planning folds."""
+        return []
+
+    def skeleton(self, model: nn.Module) -> None:
+        """Nothing."""
+
+
+class Networks(Architecture):
+    """Networks that are captured as graphs."""
+
+    target: ClassVar[str] = "module"
+
+    def plan(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
+        """What a conversion would make of the network, the first batch its example. Raises as `plan_network`."""
+        passes = config.build_passes()
+        model = shared_copy(unwrapped(model)) if passes else model
+        for each in passes:
+            each.apply(model, batches)
+        args, kwargs = as_call(model, batches[0])
+        return plan_network(model, config, args, kwargs)
+
+    def prepare(
+        self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
+    ) -> nn.Module:
+        if inplace:
+            raise OptionError("inplace=True is for language models: a captured network shares its tensors as it is")
+        if not batches:
+            raise CalibrationError(
+                f"{type(model).__name__} is captured on an example: give calibration=batches, or example=batch"
+            )
+        return self.plan(model, config, batches).apply()
+
+    def feed(self, model: nn.Module, batch: Any) -> Any:
+        args, kwargs = as_call(model, batch)
+        return model(*args, **kwargs)
+
+    def observing(self, model: nn.Module) -> Any:
+        assert isinstance(model, SpikingGraph)
+        return model.observing()
+
+    def units(self, batch: Any) -> int:
+        return samples_of(batch)
+
+    def save(self, model: nn.Module, folder: Path, **options: Any) -> None:
+        assert isinstance(model, SpikingGraph)
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' of save: a network takes none")
+        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+        conversion = model.conversion
+        described = {
+            "graph": to_json(model.captured),
+            "stored": model.stored,
+            "folded": conversion.folded,
+            "origin": conversion.origin,
+        }
+        (folder / GRAPH).write_text(json.dumps(described))
+
+    def load(self, folder: Path, **options: Any) -> nn.Module:
+        config: ConversionConfig = options.pop("config")
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' of load: a saved network needs none")
+        try:
+            described = json.loads((folder / GRAPH).read_text())
+            state = safetensors.torch.load_file(folder / WEIGHTS)
+            aliases = _aliases(folder / WEIGHTS)
+            state |= {name: state[kept] for name, kept in aliases.items()}
+            tensors = {str(name): state[place] for name, place in described["stored"].items()}
+            captured = of_json(described["graph"], tensors)
+            model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
+            _fill(model, state, config)
+        except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+            raise BundleError(f"{folder} does not hold what its configuration needs: {error}") from None
+        model.conversion.origin = dict(described.get("origin", {}))
+        return model.eval()
+
+
+def _aliases(file: Path) -> dict[str, str]:
+    """Names of tensors that a file holds once, under another name."""
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        known = tensors.metadata() or {}
+    return {name: kept for name, kept in known.items() if name != "format"}
+
+
+def _fill(model: SpikingGraph, state: Mapping[str, Tensor], config: ConversionConfig) -> None:
+    """Give a network that was built anew the parameters of its sites, and all else that was saved."""
+    for path, module in model.named_modules():
+        own = {key.removeprefix(f"{path}."): value for key, value in state.items() if key.startswith(f"{path}.")}
+        if isinstance(module, Coder) and own:
+            module.set_params(own)
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in state]
+    if missing or set(state) - set(wanted):
+        raise KeyError(f"tensors {missing or sorted(set(state) - set(wanted))}")
+    for name, tensor in wanted.items():
+        if tensor.data_ptr() != state[name].data_ptr():
+            with torch.no_grad():
+                tensor.copy_(state[name])
+
+
+def as_call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a calibration batch is given to a network.
+
+    A tensor is its one input; a mapping gives inputs by name; a tuple or a list gives them in order, and what comes
+    after those that the network needs, such as labels, is left out.
+
+    Raises:
+        OptionError: it is none of these.
+    """
+    if isinstance(batch, Tensor):
+        args: tuple[Any, ...] = (batch,)
+        kwargs: dict[str, Any] = {}
+    elif isinstance(batch, Mapping):
+        args, kwargs = (), dict(batch)
+    elif isinstance(batch, (tuple, list)) and batch:
+        args, kwargs = tuple(batch[: _needed(model, len(batch))]), {}
+    else:
+        raise OptionError(
+            f"a batch of {type(batch).__name__}: give a tensor, a tuple of inputs (and labels, which are left out), or "
+            "a dict"
+        )
+    if "use_cache" in inspect.signature(unwrapped(model).forward).parameters:
+        kwargs.setdefault("use_cache", False)  # transformers' networks, whose cache a captured one does not have
+    return args, kwargs
+
+
+def _needed(model: nn.Module, given: int) -> int:
+    """How many of the inputs in a tuple a network takes."""
+    model = unwrapped(model)
+    if isinstance(model, SpikingGraph):
+        return len(model.captured.signature.given)
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return given
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    required = sum(each.default is each.empty for each in positional)
+    return max(1, min(required or 1, given))

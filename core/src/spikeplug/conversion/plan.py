@@ -1,0 +1,293 @@
+"""Plans: what a conversion would make of a network, and everything that speaks against it, before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from spikeplug.config import ConversionConfig
+from spikeplug.coverage import ConversionReport, Op, dynamic_note
+from spikeplug.errors import ConversionError, NonFiniteError, OptionError
+from spikeplug.graph.capture import Captured, capture, operands, unwrapped
+from spikeplug.graph.draft import Draft
+from spikeplug.graph.folding import fold
+from spikeplug.graph.network import SpikingGraph
+from spikeplug.graph.operations import Kind, kinds
+from spikeplug.graph.products import Product
+from spikeplug.graph.routing import route
+from spikeplug.graph.streaming import FlowLayer, FlowSite
+from spikeplug.graph.windows import labels_of_operand, operand_kinds, place_windows
+from spikeplug.layers import SpikingLayer
+from spikeplug.nonlinear import approximate_graph
+
+from .record import Conversion
+
+ON_POTENTIAL = "computed on the accumulated input of the neurons behind it"
+HIDDEN = ("input", "output", "size", "value")
+"""Kinds of nodes that no report lists."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What keeps an operation from being converted.
+
+    Attributes:
+        operation: its path; empty where the whole network is meant.
+        line: where in the source it stands, `file.py:12`.
+        remedy: what to do, in words that the command line and Python share.
+    """
+
+    operation: str
+    type: str
+    line: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        where = f" at {self.line}" if self.line else ""
+        what = f"operation '{self.operation}' ({self.type}{where}) " if self.operation else ""
+        return f"{what}{self.reason}: {self.remedy}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion would make of a network. Nothing of the network is changed or copied by it.
+
+    Attributes:
+        network: class of the network.
+        report: every operation with its role, and the delay.
+        problems: everything that speaks against the conversion; `apply` refuses where there is any.
+    """
+
+    network: str
+    config: ConversionConfig
+    report: ConversionReport
+    problems: tuple[Problem, ...]
+    captured: Captured = dataclasses.field(repr=False)
+    folded: Mapping[str, str] = dataclasses.field(repr=False)
+
+    def check(self) -> None:
+        """Raises ConversionError: there are problems; the message has all of them."""
+        if self.problems:
+            few = [str(each) for each in self.problems]
+            head = f"{self.network} cannot be converted by '{self.config.recipe}'"
+            raise ConversionError(
+                f"{head}: {few[0]}"
+                if len(few) == 1
+                else "\n".join([f"{head}, {len(few)} problems:", *(f"  {each}" for each in few)])
+            )
+
+    def apply(self) -> SpikingGraph:
+        """The converted network, not yet calibrated: a new module, which shares the tensors that no rewrite changed.
+
+        Raises:
+            ConversionError: there are problems.
+        """
+        self.check()
+        return build(self.captured, self.folded, self.config)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        problems = [dataclasses.asdict(each) for each in self.problems]
+        return {"network": self.network, **self.report.to_dict(), "problems": problems}
+
+    def __str__(self) -> str:
+        rows = [f"  problem: {each}" for each in self.problems]
+        return "\n".join([f"{self.network}, {self.report}", *rows])
+
+
+def plan_network(model: nn.Module, config: ConversionConfig, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plan:
+    """Plan the conversion of a network of any kind for inputs like these.
+
+    Raises:
+        ConversionError: it cannot be captured, or there is nothing in it to convert.
+        OptionError: it does not take such inputs, or the configuration names what is not there.
+    """
+    model = unwrapped(model)
+    refuse_nonfinite(model)
+    captured = capture(model, args, kwargs)
+    folded = {**fold(captured), **_removed(captured, model)}
+    problems = tuple(_problems(captured, model, config))
+    draft = Draft(captured, config)
+    _check_patterns(draft, config)
+    network = build(captured, folded, config.model_copy(update={"exclude": (*config.exclude, *_named(problems))}))
+    report = network.conversion.report
+    return Plan(captured.name, config, report, problems, captured, folded)
+
+
+def _named(problems: tuple[Problem, ...]) -> tuple[str, ...]:
+    return tuple(each.operation for each in problems if each.operation)
+
+
+def build(captured: Captured, folded: Mapping[str, str], config: ConversionConfig) -> SpikingGraph:
+    """Put a converted network together. Raises ConversionError, OptionError."""
+    draft = Draft(captured, config)
+    macs = {draft.path(node): count for node, count in _counted(draft)}
+    encoder, neuron = config.build()
+    approximated = approximate_graph(draft, activations=not encoder.flows)
+    if encoder.flows:
+        if neuron is None:
+            raise OptionError(f"code '{encoder.name}' flows: a neuron that answers currents is needed")
+        flow, delay = route(draft)
+    else:
+        flow, delay = None, place_windows(draft)
+    network = SpikingGraph(draft, flow)
+    ops = tuple(_rows(network, draft, macs, approximated, folded))
+    report = ConversionReport(config.recipe, ops, "sample", delay)
+    network.conversion = Conversion(config, report, "network", dict(folded))
+    return network
+
+
+def _removed(captured: Captured, model: nn.Module) -> dict[str, str]:
+    """Layers that do nothing in evaluation, and are gone."""
+    left = {node.meta["path"] for node in captured.graph.nodes}
+    gone = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if name and isinstance(module, gone) and name not in left
+    }
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """Raise NonFiniteError where a weight is NaN or infinite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteError(f"parameter '{name}' holds NaN or infinity: the checkpoint is damaged")
+
+
+def _problems(captured: Captured, model: nn.Module, config: ConversionConfig) -> Iterator[Problem]:
+    known = kinds(captured)
+    if not any(kind.kind in ("weighted", "product") for kind in known.values()):
+        raise ConversionError(
+            f"{captured.name} has no operation that can receive spikes: a linear layer, a convolution, or a product of "
+            "activations"
+        )
+    norms = [name for name, module in model.named_modules() if _uses_batch(module)]
+    if norms:
+        yield Problem(
+            "", "", "", f"BN '{norms[0]}' uses statistics of the batch", "call model.eval() before converting"
+        )
+    if captured.mutated:
+        names = ", ".join(captured.mutated)
+        yield Problem("", "", "", f"its forward changes its buffers ({names})", "a converted network keeps no state")
+    if captured.batch.isdigit():
+        fixed = f"its forward fixes the number of samples to {captured.batch}"
+        yield Problem(
+            "", "", "", fixed, "take it from x.shape[0], and convert with the size that is used if it must be fixed"
+        )
+    for node, kind in known.items():
+        if kind.kind in ("other", "recurrent") and not config.excludes(node.meta["path"], kind.kind, kind.type):
+            yield _unknown(node, kind)
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+
+
+def _unknown(node: fx.Node, kind: Kind) -> Problem:
+    path = node.meta["path"]
+    what = "is recurrent: it feeds itself back, and" if kind.kind == "recurrent" else f"({node.target})"
+    reason = f"{what} has no known role"
+    remedy = f"exclude=['{path}'] leaves it dense, or a plugin's hook spikeplug_operations gives it a role"
+    return Problem(path, kind.type, node.meta["line"], reason, remedy)
+
+
+def _check_patterns(draft: Draft, config: ConversionConfig) -> None:
+    flows = config.build()[0].flows
+    words: dict[str, tuple[str, ...]] = {"": ("image", "value", "sum", "relu", "clip")} if flows else {}
+    for node in draft.graph.nodes:
+        kind = draft.kinds[node]
+        if kind.kind in ("input", "output", "size"):
+            continue
+        words[draft.path(node)] = draft.labels(node)
+        if flows and kind.kind == "activation":
+            words[draft.path(node)] = ("clip" if kind.op == "clip" else "relu", *draft.labels(node))
+        if kind.kind == "product":
+            words |= {
+                f"{draft.path(node)}.{name}": labels_of_operand(draft, node, name)
+                for name in operand_kinds(draft, node)
+            }
+    config.check_patterns(words)
+
+
+def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
+    """Multiply-accumulates of every weighted operation and product, and elements of the others, for one sample."""
+    samples = draft.captured.samples
+    for node in draft.graph.nodes:
+        kind, shape = draft.kinds[node].kind, node.meta["shape"]
+        if shape is None or kind in ("input", "output", "size"):
+            continue
+        elements = math.prod(shape)
+        per = 0
+        if kind == "weighted":
+            weight = draft.tensor(operands(node)[1])
+            assert weight is not None
+            turned = "conv_transpose" in str(node.target)
+            places = math.prod(node.args[0].meta["shape"]) if turned else elements
+            per = places * math.prod(weight.shape[1:])
+        elif kind == "product" and draft.kinds[node].op == "matmul":
+            per = elements * node.args[0].meta["shape"][-1]
+        yield node, (per // samples, elements // samples)
+
+
+def _rows(
+    network: SpikingGraph,
+    draft: Draft,
+    macs: Mapping[str, tuple[int, int]],
+    approximated: Mapping[str, str],
+    folded: Mapping[str, str],
+) -> Iterator[Op]:
+    for node in draft.graph.nodes:
+        kind, path = draft.kinds[node], draft.path(node)
+        if kind.kind in HIDDEN:
+            continue
+        count, elements = macs.get(path, (0, 0))
+        op = _row(network, node, kind, path, count, approximated)
+        if path in draft.decoded:
+            code = str(draft.config.build(path, *draft.labels(node))[0])
+            op = Op(path, kind.type, "decoded", count, code, "", draft.decoded[path])
+        yield dataclasses.replace(op, elements=0 if count else elements, line=node.meta["line"])
+    for path, what in folded.items():
+        yield Op(path, what, "folded")
+
+
+def _row(
+    network: SpikingGraph, node: fx.Node, kind: Kind, path: str, count: int, approximated: Mapping[str, str]
+) -> Op:
+    module = network.program.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, SpikingLayer):
+        site = module.source
+        return Op(path, kind.type, "spiking", count, str(site.encoder), dynamic_note(site.encoder), (site.name,))
+    if isinstance(module, FlowLayer):
+        names = tuple(site.name for site in module.sites)
+        role, note = ("decoded", "reads averages of spikes") if module.pooled else ("spiking", "")
+        return Op(path, kind.type, role, count, str(module.sites[0].encoder), note, names)
+    if isinstance(module, FlowSite):
+        return Op(path, kind.type, "neuron", 0, str(module.encoder), sites=(module.name,))
+    if path in approximated:
+        return Op(path, approximated[path], "approximated", 0, kind.type)
+    if kind.kind == "product":
+        return _product_row(network, node, kind, path, count, module)
+    if kind.kind in ("nonlinear", "other", "weighted", "recurrent", "lookup"):
+        return Op(path, kind.type, "dense", count)
+    if network.flow is not None:
+        return Op(path, kind.type, "neuron" if kind.kind == "maxpool" else "coded", 0)
+    return Op(path, kind.type, "neuron", 0, note=ON_POTENTIAL)
+
+
+def _product_row(
+    network: SpikingGraph, node: fx.Node, kind: Kind, path: str, count: int, module: nn.Module | None
+) -> Op:
+    """A product of two activations: decoded where spikes carry both."""
+    if isinstance(module, Product):
+        sites = tuple(site for site in module.sites if site is not None)
+        if len(sites) == 2:
+            names = tuple(dict.fromkeys(site.name for site in sites))
+            return Op(path, kind.type, "decoded", count, str(sites[0].encoder), dynamic_note(sites[0].encoder), names)
+    return Op(path, kind.type, "dense", count)

@@ -1,0 +1,185 @@
+"""Verification: a converted network without its codes is the dense one, and stepped layers equal fused ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikeplug.architecture import Architecture
+from spikeplug.errors import ConversionError
+from spikeplug.graph.capture import unwrapped
+from spikeplug.graph.network import SpikingGraph
+from spikeplug.graph.structure import leaves
+from spikeplug.layers import SpikingLayer
+from spikeplug.site import Site, sites
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest difference of a result, over its largest value, by dtype: folded norms are rounded otherwise."""
+
+SAMPLES = 4
+"""Samples of a batch that are compared."""
+
+
+def verify_conversion(
+    dense: nn.Module, spiking: nn.Module, example: Any, architecture: Architecture, *, changed: bool = False
+) -> None:
+    """Compare a converted network with the dense one on a batch.
+
+    Args:
+        changed: the dense model was changed in place, so that only the layers are compared.
+
+    Raises:
+        ConversionError: they differ; the message names the first operation at which they part.
+    """
+    approximated = any(op.role == "approximated" for op in spiking.conversion.report.ops)  # type: ignore[union-attr]
+    with torch.no_grad(), _evaluating(dense, spiking):
+        batch = first_samples(spiking, example)
+        if isinstance(spiking, SpikingGraph):
+            if not (changed or approximated):
+                _compare_outputs(unwrapped(dense), spiking, batch, architecture)
+            _compare_layers(spiking, first_samples(spiking, example, 1), architecture)
+
+
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:
+    """The first samples of a batch, where a network takes any number of them."""
+    if not isinstance(model, SpikingGraph) or model.captured.batch.isdigit():
+        return batch
+    size = next((len(each) for each in leaves(batch) if each.ndim), 0)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:count] if value.ndim and len(value) == size else value
+        if isinstance(value, dict):
+            return {key: cut(each) for key, each in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(cut(each) for each in value) if type(value) in (tuple, list) else value
+        return value
+
+    return cut(batch)
+
+
+def _compare_outputs(dense: nn.Module, spiking: SpikingGraph, batch: Any, architecture: Architecture) -> None:
+    wanted = leaves(architecture.feed(dense, batch))
+    with architecture.observing(spiking):
+        found = leaves(architecture.feed(spiking, batch))
+    if len(wanted) != len(found):
+        raise ConversionError(f"the converted network gives {len(found)} tensors, {type(dense).__name__} {len(wanted)}")
+    for index, (one, other) in enumerate(zip(wanted, found, strict=True)):
+        if _far(one, other):
+            part = _first_difference(dense, spiking, batch, architecture)
+            raise ConversionError(
+                f"with its codes left out the converted network is not {type(dense).__name__}: result {index} differs "
+                f"by {difference(one, other):.2g} of its largest value{part}. This is an error of the conversion or of "
+                "a network whose results depend on more than its inputs; verify=False skips the comparison"
+            )
+
+
+def difference(wanted: Tensor, found: Tensor) -> float:
+    """Largest difference of two tensors over the largest value of the first."""
+    if wanted.shape != found.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    finite = torch.isfinite(wanted)
+    if not torch.equal(finite, torch.isfinite(found)) or not torch.equal(wanted[~finite], found[~finite]):
+        return float("inf")
+    one, other = (each[finite].double() for each in (wanted, found))
+    if not one.numel():
+        return 0.0
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
+
+
+def _far(wanted: Tensor, found: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return not torch.equal(wanted, found)
+    return difference(wanted, found) > TOLERANCE.get(wanted.dtype, 1e-3)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the tensors that its operations give, by their paths."""
+
+    def __init__(self, model: SpikingGraph) -> None:
+        super().__init__(model.program)
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and n.op not in ("placeholder", "get_attr"):
+            self.found.setdefault(str(n.meta["path"]), result)
+        return result
+
+
+def _first_difference(dense: nn.Module, spiking: SpikingGraph, batch: Any, architecture: Architecture) -> str:
+    """The first layer of the dense network whose result the converted one does not have."""
+    known: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, args, out, name=name: known.setdefault(name, out))
+        for name, module in dense.named_modules()
+        if name
+    ]
+    try:
+        architecture.feed(dense, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recorder = _Recorder(spiking)
+    with architecture.observing(spiking):
+        recorder.run(*leaves(batch)[: len(spiking.captured.inputs)])
+    for path, value in recorder.found.items():
+        if isinstance(known.get(path), Tensor) and _far(known[path], value):
+            return f"; the first operation that differs is '{path}'"
+    return ""
+
+
+def _compare_layers(spiking: SpikingGraph, batch: Any, architecture: Architecture) -> None:
+    """Every layer on spikes, stepped, on what it gets in a fused pass of one sample."""
+    if not any(isinstance(site, Site) and site.encoder.collapsible for site in sites(spiking).values()):
+        return
+    if any(site.execution != "fused" or not site.calibrated for site in sites(spiking).values()):
+        return
+    parted: list[str] = []
+    handles = []
+    for name, module in spiking.named_modules():
+        if isinstance(module, SpikingLayer) and module.source.encoder.collapsible:
+            handles.append(module.register_forward_hook(_comparing(name, parted)))
+    try:
+        architecture.feed(spiking, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if parted:
+        raise ConversionError(
+            f"'{parted[0]}' gives other values stepped than fused: its code says that it is collapsible and is not, or "
+            "its neuron fires other spikes"
+        )
+
+
+def _comparing(name: str, parted: list[str]) -> Any:
+    def compare(module: SpikingLayer, args: tuple[Tensor, ...], fused: Tensor) -> None:
+        site = module.source
+        site.execution = "stepped"
+        counters, site.counters, consumers, site.consumers = site.counters, [], site.consumers, 1
+        try:
+            stepped = module.forward(args[0])
+        finally:
+            site.execution, site.counters, site.consumers = "fused", counters, consumers
+        if _far(fused, stepped):
+            parted.append(name)
+
+    return compare

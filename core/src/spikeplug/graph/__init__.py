@@ -1,0 +1,1 @@
+"""Networks as graphs of operations: capture, roles, where activations become spikes. Imports nothing by itself."""

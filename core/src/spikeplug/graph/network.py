@@ -1,0 +1,155 @@
+"""A converted network: one module that takes what the dense network takes and returns what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikeplug.errors import ConversionError, OptionError
+from spikeplug.site import passing
+
+from .capture import Captured
+from .draft import Draft
+from .operations import Kind
+from .streaming import Flow, FlowSite
+from .structure import leaves
+
+if TYPE_CHECKING:
+    from spikeplug.conversion.record import Conversion
+
+MICRO_BATCH = 2**19
+"""Values of the input's train, T times its samples, that flow at once: what passes between layers should stay in the
+cache. 14 CIFAR images at T = 12; of ImageNet one."""
+
+
+class SpikingGraph(nn.Module):
+    """A converted network. Its modules have the names of the dense network's.
+
+    Attributes:
+        conversion: what was asked for and what became of every operation, a `spikeplug.conversion.Conversion`.
+        captured: the graph that it was made of, without its tensors.
+        flow: shared state of trains that flow; None where every activation is a window of its own.
+        kinds: of every node of its program, by name. stored: where each tensor of the graph lies.
+    """
+
+    conversion: Conversion
+
+    def __init__(self, draft: Draft, flow: Flow | None) -> None:
+        super().__init__()
+        draft.finish()
+        program = fx.GraphModule(draft.root, draft.graph, "SpikingGraph")
+        for name, child in program.named_children():
+            self.add_module(name, child)
+        for name, parameter in program.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in program.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self._program = (program,)  # a tuple, so that its modules are not registered twice
+        self.flow, self.stored = flow, dict(draft.stored)
+        self.captured = Captured(**{**vars(draft.captured), "tensors": {}})
+        self.kinds: dict[str, Kind] = {node.name: draft.kinds[node] for node in draft.graph.nodes}
+        self._shapes = [(node.meta["dims"], node.meta["shape"]) for node in self.captured.inputs]
+        ends = next(node for node in draft.captured.graph.nodes if node.op == "output").args[0]
+        first = [node.meta["dims"][:1] for node in ends if isinstance(node, fx.Node)]
+        by_sample = [dims[:1] for dims, _ in self._shapes] + first
+        alone = all(dims == (self.captured.batch,) for dims in by_sample) and len(first) == len(ends)
+        self._splits = alone and draft.by_sample
+
+    @property
+    def program(self) -> fx.GraphModule:
+        """The operations in order: `program.graph` and `program.code`."""
+        return self._program[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense network's results for a batch, from spikes.
+
+        Raises:
+            OptionError: it is called otherwise than in the example that it was converted with.
+        """
+        inputs = self.captured.signature.tensors(args, kwargs)
+        for x, (name, _), (dims, shape) in zip(
+            inputs, itertools.cycle(self.captured.signature.given), self._shapes, strict=False
+        ):
+            if x.ndim != len(dims) or any(size.isdigit() and int(size) != x.shape[d] for d, size in enumerate(dims)):
+                raise OptionError(self._misfit(name, x, dims, shape))
+        # Sites keep things on activations; the caller's tensors shall not carry them.
+        return self.captured.outputs.pack(iter(self._run([x.view_as(x) for x in inputs])))
+
+    def _misfit(self, name: str, x: Tensor, dims: tuple[str, ...], shape: tuple[int, ...]) -> str:
+        wanted = ", ".join(
+            size if size.isdigit() else "B" if size == self.captured.batch else str(known)
+            for size, known in zip(dims, shape, strict=True)
+        )
+        one = "; one sample is a batch of one: x.unsqueeze(0)" if x.ndim == len(dims) - 1 else ""
+        return f"input '{name}' of {self.captured.name} has shape {list(x.shape)}, [{wanted}] is needed{one}"
+
+    def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        flow = self.flow
+        # Who watches sees the batch whole.
+        if flow is not None and not flow.dense and flow.watch is None and self._splits and len(inputs[0]) > 1:
+            values = sum(x[0].numel() for x in inputs)
+            size = max(1, MICRO_BATCH // (flow.steps * max(1, values)))
+            # Even parts: a small rest would cost as much a layer as a whole one.
+            count = -(-len(inputs[0]) // size)
+            if count > 1:
+                parts = zip(*(torch.tensor_split(x, count) for x in inputs), strict=True)
+                return tuple(torch.cat(each) for each in zip(*(self.program(*part) for part in parts), strict=True))
+        found: tuple[Tensor, ...] = self.program(*inputs)
+        return found
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Inside, sites pass on what comes in and trains are plain activations: the dense network."""
+        was = False if self.flow is None else self.flow.dense
+        try:
+            with passing(self):
+                if self.flow is not None:
+                    self.flow.dense = True
+                yield
+        finally:
+            if self.flow is not None:
+                self.flow.dense = was
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingGraph:
+        """Move the network; what its operations make anew is made where it is then."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next((each.device for each in itertools.chain(self.parameters(), self.buffers())), None)
+        program, changed = self.program, False
+        for node in program.graph.nodes:
+            if node.kwargs.get("device") not in (None, device):
+                node.kwargs, changed = {**node.kwargs, "device": device}, True
+        if changed:
+            program.recompile()
+        for name, tensor in itertools.chain(self.named_parameters(recurse=False), self.named_buffers(recurse=False)):
+            # The program's own root holds what this module holds.
+            if name in program._parameters:
+                program._parameters[name] = tensor  # type: ignore[assignment]
+            elif name in program._buffers:
+                program._buffers[name] = tensor
+        return self
+
+
+@contextlib.contextmanager
+def watching(model: SpikingGraph, look: Callable[[FlowSite, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside, every site of trains that flow shows its currents and spikes `[T, B, ...]` as they come.
+
+    Raises:
+        ConversionError: the code does not flow.
+    """
+    if model.flow is None:
+        raise ConversionError("every activation of this network is a window of its own: there are no currents to watch")
+    before, model.flow.watch = model.flow.watch, look
+    try:
+        yield
+    finally:
+        model.flow.watch = before
+
+
+def samples_of(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor."""
+    return next((len(each) for each in leaves(batch) if each.ndim), 1)

@@ -1,0 +1,161 @@
+"""A captured graph as data for JSON, and back; operations are looked up among known ones, and nothing is called."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from spikeplug.errors import BundleError
+
+from .capture import Captured
+from .describe import KEPT
+from .normalize import affine
+from .operations import name_of, registry
+from .structure import Signature, Structure
+
+SIZES = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
+} | {f"operator.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not")}
+"""Arithmetic of sizes."""
+
+TYPES = {
+    str(each): each
+    for each in vars(torch).values()
+    if isinstance(each, (torch.dtype, torch.layout, torch.memory_format))
+}
+"""Dtypes, layouts and memory formats by their names."""
+
+
+def to_json(captured: Captured) -> dict[str, Any]:
+    """What `of_json` reads, without the tensors.
+
+    Raises:
+        BundleError: an operation is known to no plugin, so that it could not be read again.
+    """
+    nodes = []
+    for node in captured.graph.nodes:
+        if not storable(node):
+            raise BundleError(
+                f"operation '{node.meta['path']}' ({node.target}) cannot be stored: no plugin gives it a role"
+            )
+        target = name_of(node) if node.op == "call_function" else str(node.target)
+        meta = {key: _value(node.meta[key]) for key in KEPT}
+        data = {"op": node.op, "name": node.name, "target": target, "args": _value(node.args), "meta": meta}
+        nodes.append(
+            data | ({"kwargs": {key: _value(value) for key, value in node.kwargs.items()}} if node.kwargs else {})
+        )
+    return {
+        "name": captured.name,
+        "signature": captured.signature.to_json(),
+        "outputs": captured.outputs.to_json(),
+        "batch": captured.batch,
+        "samples": captured.samples,
+        "nodes": nodes,
+    }
+
+
+def of_json(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> Captured:
+    """The inverse of `to_json`.
+
+    Raises:
+        BundleError: it names an operation that is not known here, or is no graph.
+    """
+    graph, known = fx.Graph(), dict[str, fx.Node]()
+    try:
+        for each in data["nodes"]:
+            op, name = each["op"], str(each["name"])
+            args = tuple(_read(value, known) for value in each["args"])
+            kwargs = {str(key): _read(value, known) for key, value in each.get("kwargs", {}).items()}
+            if op == "get_attr" and each["target"] not in tensors:
+                raise KeyError(each["target"])
+            if op not in ("placeholder", "get_attr", "call_function", "output"):
+                raise KeyError(op)
+            target = operation(each["target"]) if op == "call_function" else str(each["target"])
+            node = graph.create_node(op, target, args, kwargs, name)
+            node.meta = {key: _meta(_read(each["meta"][key], known)) for key in KEPT}
+            known[name] = node
+        signature, outputs = Signature.of_json(data["signature"]), Structure.of_json(data["outputs"])
+        graph.lint()  # type: ignore[no-untyped-call]
+        return Captured(str(data["name"]), graph, tensors, signature, outputs, str(data["batch"]), int(data["samples"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BundleError(f"the saved graph cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _meta(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def operation(name: str) -> Any:
+    """An operation by its name, among those that have a rule and the elementary ones of ATen.
+
+    Raises:
+        BundleError: it is neither.
+    """
+    if name in SIZES:
+        return SIZES[name]
+    if name == "operator.getitem":
+        return operator.getitem
+    if name == "spikeplug.affine":
+        return affine
+    namespace, _, rest = name.partition(".")
+    packet, _, overload = rest.partition(".")
+    known = name in registry()
+    if known or namespace == "aten":
+        found = getattr(getattr(getattr(torch.ops, namespace, None), packet, None), overload, None)
+        tags = (torch.Tag.core, torch.Tag.pointwise)
+        pure = isinstance(found, torch._ops.OpOverload) and not found._schema.is_mutable
+        if (
+            found is not None
+            and pure
+            and (known or any(tag in found.tags for tag in tags) or packet in ("sym_size", "new_ones", "arange"))
+        ):
+            return found
+    raise BundleError(
+        f"operation '{name}' is not known: a plugin that brings it is missing, or the file is no graph of ours"
+    )
+
+
+def storable(node: fx.Node) -> bool:
+    """Whether a saved network can name an operation."""
+    try:
+        return node.op != "call_function" or operation(name_of(node)) is node.target
+    except BundleError:
+        return False
+
+
+def _value(value: Any) -> Any:
+    """A value of a graph as JSON."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (tuple, list)):
+        return [_value(each) for each in value]
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return {"type": str(value)}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise BundleError(f"a graph holds {value!r}, which has no form in a file")
+
+
+def _read(value: Any, known: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_read(each, known) for each in value]
+    if isinstance(value, dict):
+        ((kind, what),) = value.items()
+        if kind == "node":
+            return known[what]
+        if kind == "type":
+            return TYPES[what]
+        return torch.device(what) if kind == "device" else {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[what]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(type(value).__name__)
