@@ -17,7 +17,7 @@ from torch import nn
 import spikeplug
 from spikeplug import plugins
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.record import conversion_of, refuse_replaced
 from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.site import sites
@@ -39,6 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = Fa
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; its own names would not be found again
     conversion = conversion_of(model)
+    refuse_replaced(model)
     architecture = plugins.get_class("architecture", conversion.architecture)()
     for site in sites(model).values():
         if not site.calibrated:

@@ -32,8 +32,8 @@ class ConversionConfig(pydantic.BaseModel):
         approximators: nonlinear operation (or `*`) -> approximator.
         approximator_options: approximator -> its options.
         approximator_follows: approximator option -> the encoder option that it takes its value from.
-        include: what is converted: patterns of names (`*.down_proj`), kinds (`query`, `silu`) or subsystems (`ffn`,
-            `activation`, `attention`, `embedding`, `norm`).
+        include: what is converted: patterns of names, or of those of modules around them (`*.down_proj`), kinds
+            (`query`, `silu`) or subsystems (`ffn`, `activation`, `attention`, `embedding`, `norm`).
         exclude: what of that stays dense, in the same words.
         structure: of networks that are no language models. `graph`: they are captured, every operation gets a role, and
             layers that read one activation share its spikes. `layers`, for networks that cannot be captured: every
@@ -226,7 +226,10 @@ class ConversionConfig(pydantic.BaseModel):
 
 
 def _matches(patterns: tuple[str, ...], name: str, labels: tuple[str, ...]) -> bool:
-    return any(pattern in labels or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a pattern is a label, or matches the name or that of a module which it is a part of."""
+    parts = name.split(".")
+    names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return any(pattern in labels or any(fnmatch.fnmatchcase(each, pattern) for each in names) for pattern in patterns)
 
 
 def _fields(kind: str, name: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -18,6 +19,33 @@ from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 Execution = Literal["fused", "stepped"]
 Receiver = Callable[[CodeParams, Iterator[Tensor]], Tensor]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
+
+
+_REAL: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("spikeplug_real_positions", default=None)
+
+
+@contextlib.contextmanager
+def real_positions(mask: Tensor | None) -> Iterator[None]:
+    """Inside, padded positions of sequences are neither observed nor counted.
+
+    Args:
+        mask: `[B, S]`, not 0 where a position is no padding; None: there is none.
+    """
+    before = _REAL.set(None if mask is None or bool(mask.bool().all()) else mask.bool())
+    try:
+        yield
+    finally:
+        _REAL.reset(before)
+
+
+def without_padding(x: Tensor) -> Tensor:
+    """An activation `[B, S, F]` or `[B, H, S, D]` without its padded positions: `[1, N, F]` or `[1, H, N, D]`."""
+    mask = _REAL.get()
+    if mask is None or x.ndim not in (3, 4) or len(x) != len(mask) or x.shape[-2] > mask.shape[1]:
+        return x
+    # The last positions of the mask are those of this call; earlier ones lie in a cache.
+    kept = mask[:, mask.shape[1] - x.shape[-2] :].to(x.device)
+    return x[kept].unsqueeze(0) if x.ndim == 3 else x.transpose(1, 2)[kept].transpose(0, 1).unsqueeze(0)
 
 
 class SpikeCount:
@@ -133,6 +161,11 @@ class Coder(nn.Module):
             raise CalibrationError(
                 f"site '{self.name}' is not calibrated: call spikeplug.calibrate(model, batches) before the model"
             )
+
+    def observe(self, x: Tensor) -> None:
+        """Add an activation to what it sees, but for padding."""
+        assert self.observer is not None
+        self.observer.update(without_padding(x))
 
     def set_params(self, tensors: Mapping[str, Tensor]) -> None:
         """Store copies of parameters, as buffers of their names."""
@@ -255,7 +288,7 @@ class Site(Coder):
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
         with self.named():
             if self.observer is not None:
-                self.observer.update(x)
+                self.observe(x)
                 return x
             if self.passing:
                 return x
@@ -263,7 +296,7 @@ class Site(Coder):
             if self.execution == "stepped":
                 return straight_through(x, lambda x: self._decoded(x, p, new))
             if self.counters:
-                fresh = _fresh(x, new)
+                fresh = without_padding(_fresh(x, new))
                 known = p if self.static else self.params(fresh)
                 self.count(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
@@ -274,7 +307,7 @@ class Site(Coder):
         spikes = encoder.encode(x, p) if neuron is None else neuron.bind(p).stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
             if counted and self.counters:
-                fresh = _fresh(s, new)
+                fresh = without_padding(_fresh(s, new))
                 self.count(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 

@@ -233,12 +233,19 @@ class Approximator(Protocol):
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewrite before conversion that keeps the function of the network. A frozen dataclass of options."""
+    """A rewrite before conversion that keeps the function of the network. A frozen dataclass of options.
+
+    One that changes the function after all (it rounds weights, say) has an attribute `keeps_function = False`, so that
+    the converted network is not compared with the dense one.
+    """
 
     name: ClassVar[str]
 
     def apply(self, model: torch.nn.Module, batches: Sequence[Any] = ()) -> list[str]:
-        """Rewrite in place; return the names of the modules that were folded away.
+        """Rewrite a model in place; return the names of the modules that were folded away.
+
+        The model is a copy that shares the memory of its tensors with the user's: give modules new parameters, and
+        write into none.
 
         Args:
             batches: calibration data; only a pass that looks for something in it reads them.

@@ -192,8 +192,8 @@ def _uses_batch(module: nn.Module) -> bool:
 
 def _unknown(node: fx.Node, kind: Kind) -> Problem:
     path = node.meta["path"]
-    what = "is recurrent: it feeds itself back, and" if kind.kind == "recurrent" else f"({node.target})"
-    reason = f"{what} has no known role"
+    recurrent = kind.kind == "recurrent"
+    reason = "is recurrent, which has no spiking form" if recurrent else f"({node.target}) has no known role"
     remedy = f"exclude=['{path}'] leaves it dense, or a plugin's hook spikeplug_operations gives it a role"
     return Problem(path, kind.type, node.meta["line"], reason, remedy)
 
@@ -221,9 +221,9 @@ def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
     samples = draft.captured.samples
     for node in draft.graph.nodes:
         kind, shape = draft.kinds[node].kind, node.meta["shape"]
-        if shape is None or kind in ("input", "output", "size"):
+        if (shape is None and kind != "recurrent") or kind in ("input", "output", "size"):
             continue
-        elements = math.prod(shape)
+        elements = math.prod(shape or ())
         per = 0
         if kind == "weighted":
             weight = draft.tensor(operands(node)[1])
@@ -233,6 +233,10 @@ def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
             per = places * math.prod(weight.shape[1:])
         elif kind == "product" and draft.kinds[node].op == "matmul":
             per = elements * node.args[0].meta["shape"][-1]
+        elif kind == "recurrent":
+            matrices = [draft.tensor(each) for each in node.all_input_nodes]
+            rows = math.prod(node.args[0].meta["shape"][:-1])
+            per = rows * sum(each.numel() for each in matrices if each is not None and each.ndim == 2)
         yield node, (per // samples, elements // samples)
 
 
@@ -275,7 +279,8 @@ def _row(
     if kind.kind == "product":
         return _product_row(network, node, kind, path, count, module)
     if kind.kind in ("nonlinear", "other", "weighted", "recurrent", "lookup"):
-        return Op(path, kind.type, "dense", count)
+        note = "what it computes is not known and not counted" if kind.kind == "other" else ""
+        return Op(path, kind.type, "dense", count, note=note)
     if network.flow is not None:
         return Op(path, kind.type, "neuron" if kind.kind == "maxpool" else "coded", 0)
     return Op(path, kind.type, "neuron", 0, note=ON_POTENTIAL)

@@ -31,6 +31,18 @@ class Conversion:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def refuse_replaced(model: nn.Module) -> None:
+    """Raise ConversionError where a layer on spikes was replaced by another one after the conversion."""
+    modules = dict(model.named_modules())
+    for op in conversion_of(model).report.ops:
+        module = modules.get(op.name)
+        if op.role == "spiking" and module is not None and not hasattr(module, "source"):
+            raise ConversionError(
+                f"'{op.name}' was replaced after the conversion by a {type(module).__name__}, which is dense: change "
+                "the dense model, and convert it then"
+            )
+
+
 def conversion_of(model: nn.Module) -> Conversion:
     """The record of a converted network. Raises ConversionError when it is none."""
     found = getattr(model, "conversion", None)

@@ -25,7 +25,7 @@ from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
 
 from .plan import Plan, refuse_nonfinite
-from .record import Conversion, conversion_of
+from .record import Conversion, conversion_of, refuse_replaced
 from .verify import verify_conversion
 
 
@@ -113,7 +113,8 @@ def convert(
         fit(spiking, _seen(spiking, batches, observed, watch), watch=watch)
     spiking = set_execution(spiking, config.execution)
     if verify and example is not None:
-        verify_conversion(model, spiking, example, architecture, changed=inplace)
+        keeping = all(getattr(each, "keeps_function", True) for each in config.build_passes())
+        verify_conversion(model, spiking, example, architecture, changed=inplace or not keeping)
     return spiking
 
 
@@ -368,4 +369,5 @@ def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
 
 def report(model: nn.Module) -> ConversionReport:
     """What became of every operation of a converted model. Raises ConversionError when it is not converted."""
+    refuse_replaced(model)
     return conversion_of(model).report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from spikeplug.site import Site, sites
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest difference of a result, over its largest value, by dtype: folded norms are rounded otherwise."""
 
-SAMPLES = 4
-"""Samples of a batch that are compared."""
+SAMPLES, TOKENS = 4, 64
+"""Samples of a batch, and tokens of a text, that are compared."""
 
 
 def verify_conversion(
@@ -37,11 +37,9 @@ def verify_conversion(
     """
     approximated = any(op.role == "approximated" for op in spiking.conversion.report.ops)  # type: ignore[union-attr]
     with torch.no_grad(), _evaluating(dense, spiking):
-        batch = first_samples(spiking, example)
-        if isinstance(spiking, SpikingGraph):
-            if not (changed or approximated):
-                _compare_outputs(unwrapped(dense), spiking, batch, architecture)
-            _compare_layers(spiking, first_samples(spiking, example, 1), architecture)
+        if not (changed or approximated):
+            _compare_outputs(unwrapped(dense), spiking, first_samples(spiking, example), architecture)
+        _compare_layers(spiking, first_samples(spiking, example, 1), architecture)
 
 
 @contextlib.contextmanager
@@ -57,15 +55,17 @@ def _evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:
-    """The first samples of a batch, where a network takes any number of them."""
-    if not isinstance(model, SpikingGraph) or model.captured.batch.isdigit():
+    """The first samples of a batch, where a network takes any number of them; of texts so many tokens."""
+    if isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point():
+        batch = batch[:, :TOKENS]
+    if isinstance(model, SpikingGraph) and model.captured.batch.isdigit():
         return batch
     size = next((len(each) for each in leaves(batch) if each.ndim), 0)
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[:count] if value.ndim and len(value) == size else value
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: cut(each) for key, each in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(cut(each) for each in value) if type(value) in (tuple, list) else value
@@ -74,13 +74,14 @@ def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:
     return cut(batch)
 
 
-def _compare_outputs(dense: nn.Module, spiking: SpikingGraph, batch: Any, architecture: Architecture) -> None:
+def _compare_outputs(dense: nn.Module, spiking: nn.Module, batch: Any, architecture: Architecture) -> None:
     wanted = leaves(architecture.feed(dense, batch))
     with architecture.observing(spiking):
         found = leaves(architecture.feed(spiking, batch))
     if len(wanted) != len(found):
         raise ConversionError(f"the converted network gives {len(found)} tensors, {type(dense).__name__} {len(wanted)}")
     for index, (one, other) in enumerate(zip(wanted, found, strict=True)):
+        one, other = _real(batch, one), _real(batch, other)
         if _far(one, other):
             part = _first_difference(dense, spiking, batch, architecture)
             raise ConversionError(
@@ -88,6 +89,12 @@ def _compare_outputs(dense: nn.Module, spiking: SpikingGraph, batch: Any, archit
                 f"by {difference(one, other):.2g} of its largest value{part}. This is an error of the conversion or of "
                 "a network whose results depend on more than its inputs; verify=False skips the comparison"
             )
+
+
+def _real(batch: Any, result: Tensor) -> Tensor:
+    """A result without the positions of padding, where attention sees nothing and gives whatever it gives."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return result[mask.bool()] if isinstance(mask, Tensor) and result.shape[: mask.ndim] == mask.shape else result
 
 
 def difference(wanted: Tensor, found: Tensor) -> float:
@@ -125,8 +132,10 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def _first_difference(dense: nn.Module, spiking: SpikingGraph, batch: Any, architecture: Architecture) -> str:
+def _first_difference(dense: nn.Module, spiking: nn.Module, batch: Any, architecture: Architecture) -> str:
     """The first layer of the dense network whose result the converted one does not have."""
+    if not isinstance(spiking, SpikingGraph):
+        return ""
     known: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda _, args, out, name=name: known.setdefault(name, out))
@@ -147,7 +156,7 @@ def _first_difference(dense: nn.Module, spiking: SpikingGraph, batch: Any, archi
     return ""
 
 
-def _compare_layers(spiking: SpikingGraph, batch: Any, architecture: Architecture) -> None:
+def _compare_layers(spiking: nn.Module, batch: Any, architecture: Architecture) -> None:
     """Every layer on spikes, stepped, on what it gets in a fused pass of one sample."""
     if not any(isinstance(site, Site) and site.encoder.collapsible for site in sites(spiking).values()):
         return

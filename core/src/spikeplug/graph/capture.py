@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
+import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,6 +103,27 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     return captured
 
 
+def _silent(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, PyTorch logs and prints nothing: what goes wrong in a capture is said by our own errors."""
+    known = [logger for name, logger in logging.root.manager.loggerDict.items() if name.partition(".")[0] == "torch"]
+    handlers = {each for logger in known if isinstance(logger, logging.Logger) for each in logger.handlers}
+    for handler in handlers:
+        handler.addFilter(_silent)
+    nowhere = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_silent)
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, and attention written out: its fast path is one operation of no known role."""
@@ -111,8 +133,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for module in modes:
             module.training = False
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -325,7 +346,3 @@ def operands(node: fx.Node) -> Sequence[Any]:
         else:
             found.append(node.kwargs.get(argument.name, argument.default_value))
     return found
-
-
-ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg, operator.truediv)
-"""What is done with sizes."""

@@ -52,7 +52,8 @@ def _name(captured: Captured, model: nn.Module, node: fx.Node) -> tuple[str, str
         return path, kind or function
     leaf = _submodule(model, place) if cls.startswith("torch.nn.") else None
     kind = cls.rpartition(".")[2].removeprefix("Parametrized")
-    if leaf is not None and kind not in COMPOSED and place:
+    works = any(each.op != "get_attr" and isinstance(each.meta.get("val"), Tensor) for each in node.all_input_nodes)
+    if leaf is not None and kind not in COMPOSED and place and works:
         return place, kind
     return f"{place}.{function}" if place else function, function
 

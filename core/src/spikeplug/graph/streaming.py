@@ -144,7 +144,7 @@ class FlowSite(Coder):
             if self.flow.dense:
                 x = self.activate(x)
                 if self.observer is not None:
-                    self.observer.update(x)
+                    self.observe(x)
                 return x
             if self.encodes:
                 spikes = self.encoder.encode(x, self.params())

@@ -41,8 +41,10 @@ RULES: dict[str, str] = {
         clamp_max maximum minimum max.other min.other where.self where.ScalarOther where.ScalarSelf where.Scalar
         masked_fill.Scalar masked_fill.Tensor lerp.Scalar lerp.Tensor addcmul addcdiv atan atan2 remainder.Scalar
         fmod.Scalar logit heaviside sinh cosh frac zeros_like ones_like full_like fill.Scalar fill.Tensor index_put
-        _unsafe_index_put masked_scatter scatter.src scatter.value scatter_add index_add index_copy index_fill.int_Scalar
-        clamp_min.Tensor clamp_max.Tensor hypot""",
+        _unsafe_index_put masked_scatter scatter.src scatter.value scatter_add index_add index_copy
+        index_fill.int_Scalar
+        clamp_min.Tensor clamp_max.Tensor hypot
+        zero""",
     "reduction": """
         softmax.int _softmax _safe_softmax log_softmax.int _log_softmax layer_norm rms_norm group_norm instance_norm
         _native_batch_norm_legit.no_stats native_layer_norm native_group_norm linalg_vector_norm norm.ScalarOpt_dim

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion.record import Conversion
@@ -15,7 +17,7 @@ from spikeplug.errors import ConversionError, listed
 from spikeplug.graph.operations import labels_of
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
 from spikeplug.nonlinear import approximate, within
-from spikeplug.site import Coder, Site
+from spikeplug.site import Coder, Site, real_positions
 
 from . import FAMILY
 from .attention import DEFERRED, OPERANDS, Softmax, refuse_other_attention
@@ -123,6 +125,24 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     model.conversion = Conversion(config, report, "transformers")  # type: ignore[assignment]
     for name in SETTERS:
         setattr(model, name, _refuse_setter)
+    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    model.register_forward_hook(_forget_padding, always_call=True)
+
+
+_PADDING: contextvars.ContextVar[tuple[contextlib.ExitStack, ...]] = contextvars.ContextVar("padding", default=())
+
+
+def _note_padding(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: masked tokens are neither observed nor counted."""
+    stack, mask = contextlib.ExitStack(), kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    stack.enter_context(real_positions(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None))
+    _PADDING.set((*_PADDING.get(), stack))
+
+
+def _forget_padding(*_: Any) -> None:
+    *before, last = _PADDING.get()
+    last.close()
+    _PADDING.set(tuple(before))
 
 
 SETTERS = ("resize_token_embeddings", "set_input_embeddings", "set_output_embeddings")

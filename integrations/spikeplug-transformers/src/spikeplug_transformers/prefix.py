@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +46,7 @@ class Prefix:
     limit: int = 4
 
     name: ClassVar[str] = "prefix"
+    keeps_function: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 1 < self.threshold < math.inf:
@@ -101,7 +102,7 @@ def find(model: Any, batches: Sequence[Any], threshold: float, limit: int) -> tu
     Raises:
         CalibrationError, ConversionError: as `Prefix.apply`.
     """
-    windows = [batch["input_ids"] if isinstance(batch, dict) else batch for batch in batches]
+    windows = [window for batch in batches for window in _unpadded(batch)]
     windows = [batch for batch in windows if isinstance(batch, Tensor) and batch.ndim == 2 and batch.shape[1] > 1]
     if not windows:
         raise CalibrationError("outlier tokens are found on calibration batches of token ids [B, S]: give some")
@@ -121,6 +122,15 @@ def find(model: Any, batches: Sequence[Any], threshold: float, limit: int) -> tu
     count = min(limit, max(1, round(outliers / rows)))
     others = [token for token, _ in seen.most_common() if token != first]
     return _lengthened(model, windows, (*others[: count - 1], first), limit)
+
+
+def _unpadded(batch: Any) -> list[Any]:
+    """Token ids of a batch; rows with padding one by one, without it."""
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or bool((mask != 0).all()):
+        return [ids]
+    return [row[kept != 0].unsqueeze(0) for row, kept in zip(ids, mask, strict=True)]
 
 
 def _lengthened(model: Any, windows: Sequence[Tensor], prefix: tuple[int, ...], limit: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class QuantizeWeights:
     group: int = 0
 
     name: ClassVar[str] = "quantize-weights"
+    keeps_function: ClassVar[bool] = False
     distributions: ClassVar[tuple[str, ...]] = ("torchao",)
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class Codec(Coder):
         """
         with self.named():
             if self.observer is not None:
-                self.observer.update(x)
+                self.observe(x)
                 return self.function(x)
             self.require_calibrated()
             require_finite(x)

@@ -110,7 +110,7 @@ class Population(Coder):
         """
         with self.named():
             if self.observer is not None:
-                self.observer.update(x)
+                self.observe(x)
                 return x.log() if self.log else x
             self.require_calibrated()
             require_finite(x)

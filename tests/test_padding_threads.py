@@ -1,0 +1,169 @@
+"""State of a forward pass lives in that pass: padding, threads and recomputation change no result and no count."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spikeplug
+from spikeplug.errors import ConversionError
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, **options,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(5)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+def padded(ids, count=8):
+    given = torch.cat([torch.zeros(len(ids), count, dtype=torch.long), ids], 1)
+    mask = (given != 0).long()
+    return {"input_ids": given, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("recipe", "options"), [("bse", {"steps": 8}), ("ttfs", {"steps": 256}), ("mgpc", {"steps": 6})]
+)
+def test_padding_is_neither_observed_nor_counted(ids, recipe, options):
+    model = llama()
+    model.model.embed_tokens.weight.data[0] = 30 * torch.randn(32)  # what a padded position would bring into ranges
+    plain = spikeplug.convert(model, recipe, calibration=[ids], **options)
+    masked = spikeplug.convert(model, recipe, calibration=[padded(ids)], **options)
+    for one, other in zip(
+        spikeplug.observe(plain, [ids]).values(), spikeplug.observe(masked, [padded(ids)]).values(), strict=True
+    ):
+        torch.testing.assert_close(other.low, one.low, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(other.high, one.high, rtol=1e-3, atol=1e-4)
+        # Probabilities have a column for every padded key, which is 0.
+        assert other.count == one.count or other.count == one.count // 24 * 32
+    energy = spikeplug.energy(plain, [ids]), spikeplug.energy(plain, [padded(ids)])
+    assert energy[1].total("acs") == pytest.approx(energy[0].total("acs"), rel=1e-3)
+
+
+@torch.no_grad()
+def test_prefix_is_sought_without_padding(ids):
+    options = {"passes": ["prefix"], "steps": 8}
+    found = [
+        spikeplug.convert(llama(), "bse", calibration=[batch], **options).config.spikeplug_prefix
+        for batch in (ids, padded(ids))
+    ]
+    assert found[0] == found[1]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)
+    ).eval()  # fmt: skip
+
+
+class Shared(nn.Module):
+    """Several layers read one activation, the input among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(8 * 36, 5)
+
+    def forward(self, x):
+        return self.c(torch.cat([torch.relu(self.a(x)), torch.relu(self.b(x))], 1).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["language", "shared", "css"])
+def test_eight_threads_share_a_model(ids, kind):
+    passes = 25
+    if kind == "language":
+        model = spikeplug.convert(llama(), "bse", calibration=[ids], steps=8)
+        inputs = [ids[index : index + 1] for index in range(4)]
+    else:
+        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        dense = Shared().eval() if kind == "shared" else net()
+        model = spikeplug.convert(dense, "css" if kind == "css" else "bse", calibration=[images], steps=8)
+        inputs = [images[:2], images[2:4], images[4:6], images[:2]]
+
+    def run(x):
+        found = model(x)
+        return found if isinstance(found, torch.Tensor) else found.logits
+
+    with torch.no_grad():
+        wanted = [run(x) for x in inputs]
+        with spikeplug.count_spikes(model) as once:
+            for x in inputs:
+                run(x)
+    wrong: list[str] = []
+
+    def work(index):
+        with torch.no_grad():
+            for turn in range(passes):
+                at = (index + turn) % 4
+                if not torch.equal(run(inputs[at]), wanted[at]):
+                    wrong.append(f"thread {index}, pass {turn}")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with spikeplug.count_spikes(model) as counts:
+            threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    # 8 x 25 passes in turn over 4 inputs: each of them 50 times.
+    assert counts.total == once.total * 8 * passes // 4 > 0
+
+
+def test_recomputation_of_checkpointing_is_not_counted(ids):
+    model = spikeplug.convert(llama(), "bse", calibration=[ids], steps=8).train()
+    totals = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with spikeplug.count_spikes(model) as counts:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        totals.append(counts.total)
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_resized_head_is_refused(ids):
+    model = spikeplug.convert(llama(), "bse", calibration=[ids], steps=8)
+    with pytest.raises(ConversionError, match="Resize the dense model, and convert it then"):
+        model.resize_token_embeddings(105)
+    model.lm_head = nn.Linear(32, 97)
+    with pytest.raises(ConversionError, match="'lm_head' was replaced after the conversion"):
+        spikeplug.report(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["bse", "mgpc", "qc-a2s"])
+def test_the_dense_model_stays_as_it_is(ids, recipe):
+    model = llama()
+    dense = model(ids).logits
+    options = {"pass_options": {"prefix": {"tokens": [5, 1]}}} if recipe == "qc-a2s" else {}
+    spikeplug.convert(model, recipe, calibration=[ids], **options)
+    assert torch.equal(model(ids).logits, dense)
+    with pytest.raises(spikeplug.SpikeplugError):
+        spikeplug.convert(model, recipe, calibration=[ids], exclude=["nothing"])
+    with pytest.raises(spikeplug.SpikeplugError):
+        spikeplug.convert(model, recipe, calibration=[torch.zeros(1, 2, 3)])
+    assert torch.equal(model(ids).logits, dense)
+    assert type(model.lm_head) is nn.Linear
