@@ -87,6 +87,7 @@ class Networks(Architecture):
         described = {
             "graph": to_json(model.captured),
             "stored": model.stored,
+            "orders": {name: order for name, each in model.state_dict().items() if (order := _order(each))},
             "folded": conversion.folded,
             "origin": conversion.origin,
         }
@@ -98,9 +99,12 @@ class Networks(Architecture):
             raise OptionError(f"unknown option '{next(iter(options))}' of load: a saved network needs none")
         try:
             described = json.loads((folder / GRAPH).read_text())
-            state = safetensors.torch.load_file(folder / WEIGHTS)
+            # Copies, since in the file's own memory tensors begin where some sums are rounded in another order.
+            state = {name: each.clone() for name, each in safetensors.torch.load_file(folder / WEIGHTS).items()}
             aliases = _aliases(folder / WEIGHTS)
             state |= {name: state[kept] for name, kept in aliases.items()}
+            for name, order in described["orders"].items():
+                state[name] = _ordered(state[name], order)
             tensors = {str(name): state[place] for name, place in described["stored"].items()}
             captured = of_json(described["graph"], tensors)
             model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
@@ -109,6 +113,19 @@ class Networks(Architecture):
             raise BundleError(f"{folder} does not hold what its configuration needs: {error}") from None
         model.conversion.origin = dict(described.get("origin", {}))
         return model.eval()
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The order of a tensor's dimensions in memory; empty where it is their own."""
+    if tensor.is_contiguous():
+        return []
+    return sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+
+
+def _ordered(tensor: Tensor, order: list[int]) -> Tensor:
+    """The same values with their dimensions in that order in memory, as transposed weights have them."""
+    back = [order.index(dim) for dim in range(tensor.ndim)]
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def _aliases(file: Path) -> dict[str, str]:

@@ -120,6 +120,10 @@ class Router:
     def _streams(self, node: fx.Node) -> bool:
         """Whether an operation works on all steps at once."""
         kind = self.draft.kinds[node]
+        # What is no train has no steps: a constant may say places or factors, and nothing else may be added or joined.
+        others = [each for each in node.all_input_nodes if each not in self.trains and each.meta["shape"] is not None]
+        if any(each.op != "get_attr" or kind.kind in ("add", "cat") for each in others):
+            return False
         if kind.kind == "maxpool":
             return self.flow.accumulates and keeps_rows(node, self.draft)
         if kind.kind == "affine":

@@ -71,6 +71,7 @@ def of_json(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> Captured:
         for each in data["nodes"]:
             op, name = each["op"], str(each["name"])
             args = tuple(_read(value, known) for value in each["args"])
+            args = (tuple(args[0]),) if op == "output" else args
             kwargs = {str(key): _read(value, known) for key, value in each.get("kwargs", {}).items()}
             if op == "get_attr" and each["target"] not in tensors:
                 raise KeyError(each["target"])
@@ -108,16 +109,28 @@ def operation(name: str) -> Any:
     known = name in registry()
     if known or namespace == "aten":
         found = getattr(getattr(getattr(torch.ops, namespace, None), packet, None), overload, None)
-        tags = (torch.Tag.core, torch.Tag.pointwise)
-        pure = isinstance(found, torch._ops.OpOverload) and not found._schema.is_mutable
-        if (
-            found is not None
-            and pure
-            and (known or any(tag in found.tags for tag in tags) or packet in ("sym_size", "new_ones", "arange"))
-        ):
+        if isinstance(found, torch._ops.OpOverload) and (known or packet in MAKERS or _computes(found)):
             return found
     raise BundleError(
         f"operation '{name}' is not known: a plugin that brings it is missing, or the file is no graph of ours"
+    )
+
+
+MAKERS = ("arange", "zeros", "ones", "full", "eye", "linspace", "scalar_tensor", "empty")
+"""Operations that make tensors of numbers alone."""
+
+
+def _computes(op: torch._ops.OpOverload) -> bool:
+    """Whether an operation makes tensors or sizes of tensors, changes none, and draws no numbers."""
+    schema = op._schema
+    kinds = [str(argument.type) for argument in schema.arguments]
+    results = [str(value.type) for value in schema.returns]
+    return (
+        not schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in op.tags
+        and any("Tensor" in kind for kind in kinds)
+        and bool(results)
+        and all("Tensor" in kind or kind in ("int", "SymInt", "bool", "float") for kind in results)
     )
 
 

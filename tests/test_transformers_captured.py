@@ -1,0 +1,113 @@
+"""Transformers of any kind, captured: every spike made equals the closed form, through the whole network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import spikeplug
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def ids(length=9):
+    return torch.randint(3, 50, (3, length), generator=torch.Generator().manual_seed(0))
+
+
+def images():
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+
+
+NETWORKS = {
+    "bert": lambda: (
+        BertModel(BertConfig(vocab_size=50, **SMALL)), {"input_ids": ids(), "attention_mask": ids() * 0 + 1},
+    ),
+    "gpt2": lambda: (GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)), {"input_ids": ids()}),
+    "clip text": lambda: (CLIPTextModel(CLIPTextConfig(vocab_size=50, eos_token_id=2, **SMALL)), {"input_ids": ids()}),
+    "clip vision": lambda: (
+        CLIPVisionModel(CLIPVisionConfig(image_size=16, patch_size=4, **SMALL)), {"pixel_values": images()},
+    ),
+    "vit": lambda: (
+        ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, num_labels=5, **SMALL)), images(),
+    ),
+    "encoder": lambda: (
+        nn.Sequential(nn.Linear(16, 32), nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True), 2, enable_nested_tensor=False,
+        ), nn.Linear(32, 5)), torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0)).double(),
+    ),
+}  # fmt: skip
+
+
+def built(name):
+    torch.manual_seed(0)
+    net, batch = NETWORKS[name]()
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(3)  # attention that is not even
+    return net.double().eval(), batch
+
+
+def result(net, batch):
+    found = net(**batch) if isinstance(batch, dict) else net(batch)
+    return found if isinstance(found, torch.Tensor) else found[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "recipe"), [*((name, "bse") for name in NETWORKS), ("encoder", "ttfs"), ("encoder", "mgpc")]
+)
+def test_stepped_equals_fused_through_the_whole_network(name, recipe):
+    net, batch = built(name)
+    dense = result(net, batch)
+    spiking = spikeplug.convert(net, recipe, calibration=[batch], steps={"bse": 6, "ttfs": 64, "mgpc": 6}[recipe])
+    assert torch.equal(result(net, batch), dense)
+    report = spikeplug.report(spiking)
+    assert report.share("dense") == 0
+    assert report.share("decoded") > 0
+    with spikeplug.count_spikes(spiking) as fused_counts:
+        fused = result(spiking, batch)
+    spikeplug.set_execution(spiking, "stepped")
+    with spikeplug.count_spikes(spiking) as stepped_counts:
+        stepped = result(spiking, batch)
+    assert (stepped - fused).abs().max() < 1e-9 * fused.abs().max()
+    assert not torch.equal(fused, dense)
+    assert stepped_counts.total == fused_counts.total > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["css", "phase"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_attention_is_coded_and_near(name, recipe, tmp_path):
+    net, batch = built(name)
+    dense = result(net, batch)
+    spiking = spikeplug.convert(net, recipe, calibration=[batch], steps={"css": 24, "phase": 14}[recipe])
+    assert 0 < (result(spiking, batch) - dense).norm() < 0.02 * dense.norm()
+    roles = {op.role for op in spikeplug.report(spiking).ops if op.macs}
+    assert roles <= {"spiking", "decoded"}
+    spikeplug.save(spiking, tmp_path / "net")
+    assert torch.equal(result(spikeplug.load(tmp_path / "net"), batch), result(spiking, batch))
+
+
+@torch.no_grad()
+def test_masked_positions_do_not_matter():
+    net, _ = built("bert")
+    given, mask = ids(), torch.ones_like(ids())
+    mask[:, 6:] = 0
+    spiking = spikeplug.convert(net, "bse", calibration=[{"input_ids": given, "attention_mask": mask}])
+    other = given.clone()
+    other[:, 6:] = 7
+    one, two = (spiking(input_ids=each, attention_mask=mask).last_hidden_state[:, :6] for each in (given, other))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
