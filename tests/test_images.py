@@ -58,6 +58,21 @@ def test_convert_and_eval_by_command_line(cli, folder, weights, tmp_path):
     assert text.count("top-1") == 1
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(cli, folder, weights, tmp_path):
+    arguments = ("convert", "cifar_resnet8", "--weights", weights, "--recipe", "css", "--images", folder, "--dry-run")
+    code, plan, err = cli(*arguments, "--json")
+    assert code == 0, err
+    assert (plan["network"], plan["problems"], plan["delay"]) == ("CifarResNet", [], 12 + 7)
+    # 3 x 3 kernels: 3 to 16 channels, two layers of 16, 16 to 32 at half the size and one of 32, likewise 64; the head.
+    macs = 1024 * 9 * (3 * 16 + 2 * 16 * 16) + 256 * 9 * (16 * 32 + 32 * 32) + 64 * 9 * (32 * 64 + 64 * 64) + 640
+    assert sum(op["macs"] for op in plan["ops"]) == macs
+    code, text, _ = cli(*arguments)
+    assert text.startswith("CifarResNet, recipe css: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "net.safetensors"}
+    code, _, err = cli(*arguments[:-1])
+    assert (code, "give --out FOLDER, or --dry-run" in err) == (1, True)
+
+
 def test_window_codes_too(cli, folder, weights, tmp_path):
     code, _, err = cli(
         "convert", "cifar_resnet8", "--weights", weights, "--recipe", "rate", "--images", folder,

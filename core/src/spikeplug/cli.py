@@ -189,7 +189,7 @@ def doctor_command(as_json: Json = False) -> None:
 def convert_command(
     model: Model,
     recipe: Annotated[str, typer.Option(help="Name of a recipe: `spikeplug ls recipes`.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Language model: text file to calibrate on.")] = None,
     images: Images = None,
     weights: Annotated[Path | None, typer.Option(help="State dict of the image network: .safetensors, .pth.")] = None,
@@ -200,6 +200,9 @@ def convert_command(
     observed: Annotated[
         Path | None, typer.Option(help="File to keep what sites saw in; read where it exists, for another recipe.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Image network: print the plan and what speaks against it; write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
@@ -211,6 +214,11 @@ def convert_command(
     from spikeplug.conversion.verbs import convert, report
 
     config = ConversionConfig.resolve(recipe, settings(setting))
+    if dry_run:
+        _plan(model, recipe, config, images, weights, as_json)
+        return
+    if out is None:
+        raise OptionError("where to write is missing: give --out FOLDER, or --dry-run to write nothing")
     check_writable(out, overwrite=force)
     if images is not None:
         _refuse_both("--calibrate", calibrate)
@@ -234,6 +242,19 @@ def convert_command(
     else:
         typer.echo(str(found).splitlines()[0])
         typer.echo(f"wrote {out}")
+
+
+def _plan(model: str, recipe: str, config: Any, images: Path | None, weights: Path | None, as_json: bool) -> None:
+    """Print what a conversion would make of an image network; end with status 1 where something speaks against it."""
+    if images is None:
+        raise OptionError("--dry-run plans image networks: give --images FOLDER; language models have no plan yet")
+    found = vision().planned(model, recipe, config, images, weights=weights)
+    if as_json:
+        print_json(found.summary())
+    else:
+        typer.echo(str(found))
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -119,7 +119,7 @@ def _order(tensor: Tensor) -> list[int]:
     """The order of a tensor's dimensions in memory; empty where it is their own."""
     if tensor.is_contiguous():
         return []
-    return sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    return sorted(range(tensor.ndim), key=lambda dim: -int(tensor.stride(dim)))
 
 
 def _ordered(tensor: Tensor, order: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ import spikeplug
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion.networks import Networks
+from spikeplug.conversion.plan import Plan
 from spikeplug.conversion.record import Conversion
 from spikeplug.conversion.verbs import architecture_of, refuse_target
 from spikeplug.costs import charge
@@ -139,6 +140,16 @@ class Vision(Networks):
         model = spikeplug.load(source)
         preprocess_of(model)
         return model
+
+    def planned(
+        self, source: str, recipe: str, config: ConversionConfig, images: Path, *, weights: Path | None
+    ) -> Plan:
+        """What a conversion would make of a network, with two images as its example. Raises SpikeplugError."""
+        dense = self.open(source, weights)
+        refuse_target(recipe, architecture_of(dense))
+        (example,) = Images(images, preprocess_of(dense), train=True, count=2).batches()
+        found: Plan = spikeplug.plan(dense, config, example)
+        return found
 
     def convert(
         self,
