@@ -139,9 +139,10 @@ def written(rows: dict[str, dict[str, Any]], target: Path) -> None:
     lines = ["# Coverage: which networks convert", "", *__doc__.strip().splitlines()[2:3], "", f"{versions}, CPU.", ""]
     lines += [
         "Random weights, two images of random numbers, the smallest image size of a list that the network takes,",
-        "recipes with their default options. `error`: norm of the difference to the dense network over its norm; with random",
-        "weights and numbers it says that the conversion is right, not how accurate a trained network is. `spiking`",
-        "and `decoded`: shares of the MACs. `seconds`: of the conversion, calibrated and verified, beside other work.",
+        "recipes with their default options. `error`: norm of the difference to the dense network over its norm; with",
+        "random weights and numbers it says that the conversion is right, not how accurate a trained network is.",
+        "`spiking` and `decoded`: shares of the MACs. `seconds`: of the conversion, calibrated and verified,",
+        "beside other work.",
         "",
     ]
     for library in ("torchvision", "timm"):

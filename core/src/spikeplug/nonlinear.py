@@ -103,7 +103,7 @@ class Operation(nn.Module):
 def original_of(draft: Draft, node: fx.Node) -> nn.Module:
     """A nonlinear operation of a captured graph as the module that approximators know."""
     name, args = str(node.target).split(".")[1], operands(node)
-    if name == "softmax":
+    if name in ("softmax", "_safe_softmax"):
         return nn.Softmax(dim=args[1])
     if name in ("layer_norm", "rms_norm"):
         eps = args[4] if name == "layer_norm" else args[3]

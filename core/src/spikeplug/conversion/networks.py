@@ -18,7 +18,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.errors import BundleError, CalibrationError, OptionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import SpikingGraph, samples_of
-from spikeplug.graph.stored import of_json, to_json
+from spikeplug.graph.stored import of_json, require_plain, to_json
 from spikeplug.site import Coder
 
 from .plan import Plan, build, plan_network
@@ -82,7 +82,7 @@ class Networks(Architecture):
         assert isinstance(model, SpikingGraph)
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' of save: a network takes none")
-        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+        write_tensors(model, folder / WEIGHTS)
         conversion = model.conversion
         described = {
             "graph": to_json(model.captured),
@@ -105,6 +105,8 @@ class Networks(Architecture):
             state |= {name: state[kept] for name, kept in aliases.items()}
             for name, order in described["orders"].items():
                 state[name] = _ordered(state[name], order)
+            for name in state:
+                require_plain(name)
             tensors = {str(name): state[place] for name, place in described["stored"].items()}
             captured = of_json(described["graph"], tensors)
             model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
@@ -119,7 +121,7 @@ def _order(tensor: Tensor) -> list[int]:
     """The order of a tensor's dimensions in memory; empty where it is their own."""
     if tensor.is_contiguous():
         return []
-    return sorted(range(tensor.ndim), key=lambda dim: -int(tensor.stride(dim)))
+    return sorted(range(tensor.ndim), key=lambda dim: -tensor.stride()[dim])
 
 
 def _ordered(tensor: Tensor, order: list[int]) -> Tensor:
@@ -128,11 +130,25 @@ def _ordered(tensor: Tensor, order: list[int]) -> Tensor:
     return tensor.permute(order).contiguous().permute(back)
 
 
+def write_tensors(model: nn.Module, file: Path) -> None:
+    """Write what a model holds; a tensor of several names once, with the others in the file's metadata."""
+    kept: dict[str, Tensor] = {}
+    named: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in named:
+            aliases[name] = named[place]
+        else:
+            named[place] = name
+            kept[name] = tensor.contiguous().clone()
+    safetensors.torch.save_file(kept, file, aliases)
+
+
 def _aliases(file: Path) -> dict[str, str]:
     """Names of tensors that a file holds once, under another name."""
     with safetensors.safe_open(file, framework="pt") as tensors:
-        known = tensors.metadata() or {}
-    return {name: kept for name, kept in known.items() if name != "format"}
+        return dict(tensors.metadata() or {})
 
 
 def _fill(model: SpikingGraph, state: Mapping[str, Tensor], config: ConversionConfig) -> None:
@@ -181,7 +197,8 @@ def _needed(model: nn.Module, given: int) -> int:
     """How many of the inputs in a tuple a network takes."""
     model = unwrapped(model)
     if isinstance(model, SpikingGraph):
-        return len(model.captured.signature.given)
+        signature = model.captured.signature
+        return given if signature.rest else len(signature.given)
     parameters = inspect.signature(model.forward).parameters.values()
     if any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return given

@@ -157,6 +157,8 @@ def _removed(captured: Captured, model: nn.Module) -> dict[str, str]:
 def refuse_nonfinite(model: nn.Module) -> None:
     """Raise NonFiniteError where a weight is NaN or infinite."""
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConversionError(f"parameter '{name}' has no shape yet: run the network once before it is converted")
         if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(f"parameter '{name}' holds NaN or infinity: the checkpoint is damaged")
 

@@ -103,6 +103,8 @@ def convert(
     encoder, _ = config.build()
     if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise OptionError(f"calibration is a {type(calibration).__name__}: give a list of batches, calibration=[batch]")
     batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or observed is not None)
     if example is None and batches is not None:
         example = batches.first()

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from spikeplug.errors import ConversionError, OptionError
 
+from .guards import Guard, guards_of
 from .structure import Signature, Structure
 
 DROPPED_CHECKS = ("_assert", "sym_constrain", "_guards", "_check_")
@@ -47,6 +48,7 @@ class Captured:
         batch: text of the number of samples, as in `dims`; a number where the network fixes it.
         samples: in the example.
         mutated: buffers that it changes when it runs.
+        guards: what its sizes must be like for the graph to hold.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Captured:
     batch: str
     samples: int
     mutated: tuple[str, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
     @property
     def inputs(self) -> list[fx.Node]:
@@ -94,6 +97,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     model = unwrapped(model)
     name = type(model).__name__
     signature = Signature.of(model, args, kwargs)
+    # A graph takes its inputs in the order in which they are given here.
+    kwargs = {
+        key: kwargs[key] for key in dict.fromkeys([*(name for name, _ in signature.given), *kwargs]) if key in kwargs
+    }
     args, kwargs = _at_least_two(args), _at_least_two(kwargs)
     with _evaluating(model):
         program = _exported(model, name, args, kwargs)
@@ -172,7 +179,7 @@ def _exported(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mappin
         shapes = {key: pytree.tree_map(free, value) for key, value in given.items()}
         with _simple_sizes() if every and not strict else contextlib.nullcontext():
             program = torch.export.export(model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=strict)
-        decomposed: ExportedProgram = program.run_decompositions(_decompositions())
+        decomposed: ExportedProgram = program.run_decompositions({})
         return decomposed
 
     failure: Exception | None = None
@@ -219,11 +226,6 @@ def _simple_sizes() -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _decompositions() -> dict[Any, Any]:
-    einsum = torch.ops.aten.einsum.default
-    return {einsum: lambda equation, operands, path=None: einsum.decompose(equation, operands, path=path)}
 
 
 def _fixed(program: ExportedProgram) -> bool:
@@ -294,6 +296,7 @@ def _read(model: nn.Module, name: str, program: ExportedProgram, signature: Sign
     first = next((each for each in captured.inputs if isinstance(each.meta.get("val"), Tensor)), None)
     if first is None or not first.meta["val"].ndim:
         raise ConversionError(f"{name} takes no tensor `[B, ...]`: at least one is needed")
+    captured.guards = guards_of(captured.inputs)
     captured.batch, captured.samples = str(first.meta["val"].shape[0]), hint(first.meta["val"].shape[0])
     return captured
 

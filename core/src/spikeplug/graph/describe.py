@@ -28,6 +28,7 @@ def describe(captured: Captured, model: nn.Module) -> None:
         node.meta["dtype"] = value.dtype if shaped else None
         node.meta["line"] = _line(str(node.meta.get("stack_trace") or ""))
         path, node.meta["type"] = _name(captured, model, node)
+        path = re.sub(r"[\"'\\\x00-\x1f]", "_", path)  # programs are written as Python
         seen[path] = seen.get(path, 0) + 1
         node.meta["path"] = path if seen[path] == 1 else f"{path}_{seen[path] - 1}"
     for node in captured.graph.nodes:

@@ -78,7 +78,10 @@ class Draft:
         self.by_sample = all(keeps_rows(node, self) for node in self.graph.nodes if self._acts(node))
 
     def _acts(self, node: fx.Node) -> bool:
-        return self.kinds[node].kind not in (*STRUCTURAL, "lookup") and bool(self.activations(node))
+        """Whether an operation works on what depends on the input, its masks and indices among it."""
+        if self.kinds[node].kind in ("input", "output", "lookup") or node.meta["shape"] is None:
+            return False
+        return any(each.op != "get_attr" for each in node.all_input_nodes)
 
     def path(self, node: fx.Node) -> str:
         """Unique name of an operation."""
@@ -212,8 +215,9 @@ class Draft:
 def keeps_rows(node: fx.Node, draft: Draft) -> bool:
     """Whether an operation does the same to every row of its first dimension, and says no number of rows elsewhere."""
     dims = node.meta["dims"]
-    inputs = [each.meta["dims"] for each in draft.activations(node)]
-    if not dims or not all(each and each[0] == dims[0] for each in inputs):
+    tensors = [each for each in node.all_input_nodes if each.op != "get_attr" and each.meta["shape"] is not None]
+    inputs = [each.meta["dims"] for each in tensors]
+    if not dims or not inputs or not all(each and each[0] == dims[0] for each in inputs):
         return False
     if not dims[0].isdigit() and any(re.search(rf"\b{re.escape(dims[0])}\b", each) for each in dims[1:]):
         return False
@@ -222,14 +226,22 @@ def keeps_rows(node: fx.Node, draft: Draft) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return True
-    size = len(inputs[0])
-    for argument, value in zip(schema.arguments, operands(node), strict=True):
-        if argument.name not in ROWS or value is None:
-            continue
-        said = [value] if isinstance(value, int) else list(value)
-        if "permute" in str(node.target):
-            return bool(said) and said[0] % size == 0
-        if not said or any(isinstance(dim, int) and dim % size == 0 for dim in said):
+    said = {argument.name: value for argument, value in zip(schema.arguments, operands(node), strict=True)}
+    indices = said.get("indices")
+    if indices and indices[0] is not None:
+        return False
+    return _spares_rows(
+        str(node.target), {name: said[name] for name in ROWS if said.get(name) is not None}, len(inputs[0])
+    )
+
+
+def _spares_rows(name: str, said: dict[str, Any], size: int) -> bool:
+    """Whether an operation names no first dimension among its own; of a permutation, whether that stays first."""
+    for value in said.values():
+        dims = [value] if isinstance(value, int) else list(value)
+        if "permute" in name:
+            return bool(dims) and dims[0] % size == 0
+        if not dims or any(isinstance(dim, int) and dim % size == 0 for dim in dims):
             return False
     return True
 

@@ -108,7 +108,7 @@ def _fold_behind(captured: Captured, layer: fx.Node, node: fx.Node) -> bool:
         else:
             new = weight * scale.expand(outputs).reshape(-1, *[1] * (weight.ndim - 1))
         moved = shift.expand(outputs) + (0 if bias is None else bias * scale)
-    _put(captured, layer, new, moved)
+    _put(captured, layer, new.to(weight.dtype), moved.to(weight.dtype))
     return True
 
 
@@ -131,7 +131,8 @@ def _fold_ahead(captured: Captured, node: fx.Node, layer: fx.Node) -> bool:
             for each in line
         ]
         moved = (weight * by_output[1]).flatten(1).sum(1)
-        _put(captured, layer, weight * by_output[0], moved if bias is None else bias + moved)
+        moved = moved if bias is None else bias + moved
+        _put(captured, layer, (weight * by_output[0]).to(weight.dtype), moved.to(weight.dtype))
     return True
 
 

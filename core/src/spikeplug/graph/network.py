@@ -53,6 +53,7 @@ class SpikingGraph(nn.Module):
         self.flow, self.stored = flow, dict(draft.stored)
         self.captured = Captured(**{**vars(draft.captured), "tensors": {}})
         self.kinds: dict[str, Kind] = {node.name: draft.kinds[node] for node in draft.graph.nodes}
+        self._fitting: set[tuple[torch.Size, ...]] = set()
         self._shapes = [(node.meta["dims"], node.meta["shape"]) for node in self.captured.inputs]
         ends = next(node for node in draft.captured.graph.nodes if node.op == "output").args[0]
         first = [node.meta["dims"][:1] for node in ends if isinstance(node, fx.Node)]
@@ -77,8 +78,30 @@ class SpikingGraph(nn.Module):
         ):
             if x.ndim != len(dims) or any(size.isdigit() and int(size) != x.shape[d] for d, size in enumerate(dims)):
                 raise OptionError(self._misfit(name, x, dims, shape))
+        self._check_sizes(inputs)
         # Sites keep things on activations; the caller's tensors shall not carry them.
         return self.captured.outputs.pack(iter(self._run([x.view_as(x) for x in inputs])))
+
+    def _check_sizes(self, inputs: list[Tensor]) -> None:
+        """Refuse sizes for which the network takes another way than it took while it was captured."""
+        given = tuple(x.shape for x in inputs)
+        if given in self._fitting:
+            return
+        sizes = {
+            name: x.shape[dim]
+            for x, (dims, _) in zip(inputs, self._shapes, strict=True)
+            for dim, name in enumerate(dims)
+        }
+        for guard in self.captured.guards:
+            if not guard.holds(sizes):
+                shapes = ", ".join(str(list(shape)) for shape in given)
+                named = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard.said)
+                raise OptionError(
+                    f"{self.captured.name} branches on sizes, and was converted with such that {guard.said}; for "
+                    f"inputs of shape {shapes} ({named}) it is another network: convert it with such an example"
+                )
+        if len(self._fitting) < 1024:
+            self._fitting.add(given)
 
     def _misfit(self, name: str, x: Tensor, dims: tuple[str, ...], shape: tuple[int, ...]) -> str:
         wanted = ", ".join(

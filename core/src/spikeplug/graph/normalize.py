@@ -7,6 +7,8 @@ constant become `linear`; attention and gated linear units are taken apart; what
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -280,6 +282,9 @@ def _matrix_product(builder: Builder, node: fx.Node) -> fx.Node | None:
     bias, left, right = node.args if name == "addmm" else (None, *node.args[:2])
     if name == "addmm" and (node.kwargs or builder.known(bias) is None):
         return None
+    if name == "matmul" and _dims(right) == 1 and _dims(left) > 1:
+        column = builder.call(node, aten.unsqueeze.default, right, -1)
+        return builder.call(node, aten.squeeze.dim, builder.call(node, aten.matmul.default, left, column), -1)
     w = builder.known(right)
     if w is not None and w.ndim == 2 and builder.known(left) is None:
         weight = builder.constant(node, f"{_named(right)}.transposed", w.mT)
@@ -290,6 +295,10 @@ def _matrix_product(builder: Builder, node: fx.Node) -> fx.Node | None:
         return None
     turned = builder.call(node, aten.transpose.int, right, -2, -1)
     return builder.call(node, aten.transpose.int, builder.call(node, aten.linear.default, turned, left), -2, -1)
+
+
+def _dims(node: Any) -> int:
+    return int(node.meta["val"].ndim)
 
 
 def _named(node: Any) -> str:
@@ -356,8 +365,60 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node | None:
             scores = builder.call(node, aten.where.ScalarOther, mask, scores, float("-inf"))
         else:
             scores = builder.call(node, aten.add.Tensor, scores, mask)
-    probabilities = builder.call(node, aten.softmax.int, scores, -1)
+    softmax = aten.softmax.int if mask is None else aten._safe_softmax.default  # a row may be masked whole
+    probabilities = builder.call(node, softmax, scores, -1)
     return builder.call(node, aten.matmul.default, probabilities, value)
+
+
+def _einsum(builder: Builder, node: fx.Node) -> fx.Node | None:
+    """A sum over products of two tensors as a product of matrices."""
+    equation = str(node.args[0]).replace(" ", "")
+    tensors: Any = node.args[1]
+    terms, arrow, result = equation.partition("->")
+    letters = terms.split(",")
+    if "." in equation or len(letters) != 2 or any(len(set(each)) != len(each) for each in (*letters, result)):
+        return None
+    a, b = letters
+    result = result if arrow else "".join(sorted(each for each in set(a + b) if (a + b).count(each) == 1))
+    shared = [each for each in a if each in b]
+    batch, summed = [x for x in shared if x in result], [x for x in shared if x not in result]
+    left, right = [x for x in a if x not in b], [x for x in b if x not in a]
+    if any(each not in result for each in (*left, *right)):
+        return None
+    sizes = {
+        letter: builder.call(node, aten.sym_size.int, tensor, dim)
+        for word, tensor in zip(letters, tensors, strict=True)
+        for dim, letter in enumerate(word)
+    }
+
+    def matrix(tensor: fx.Node, word: str, groups: tuple[list[str], ...]) -> fx.Node:
+        order = [word.index(letter) for group in groups for letter in group]
+        known = builder.known(tensor)
+        if known is not None:
+            lengths = [math.prod(known.shape[word.index(x)] for x in group) for group in groups[1:]]
+            flat = known.detach().permute(order).reshape(*(known.shape[word.index(x)] for x in groups[0]), *lengths)
+            return builder.constant(node, f"{node.name}.matrix", flat)
+        turned = builder.call(node, aten.permute.default, tensor, order)
+        shape = [*(sizes[x] for x in groups[0]), *(_size(builder, node, [sizes[x] for x in g]) for g in groups[1:])]
+        return builder.call(node, aten.reshape.default, turned, shape)
+
+    one, other = tensors
+    product = builder.call(
+        node, aten.matmul.default,
+        matrix(one, a, (batch, left, summed)), matrix(other, b, (batch, summed, right)),
+    )  # fmt: skip
+    linear = _matrix_product(builder, product)
+    product = product if linear is None else linear
+    order = [*batch, *left, *right]
+    product = builder.call(node, aten.reshape.default, product, [sizes[letter] for letter in order])
+    return builder.call(node, aten.permute.default, product, [order.index(letter) for letter in result])
+
+
+def _size(builder: Builder, node: fx.Node, sizes: Sequence[fx.Node]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = size if total == 1 else builder.call(node, operator.mul, total, size)
+    return total
 
 
 REWRITES: dict[str, Callable[[Builder, fx.Node], fx.Node | None]] = {
@@ -390,6 +451,7 @@ REWRITES: dict[str, Callable[[Builder, fx.Node], fx.Node | None]] = {
     ),
     **dict.fromkeys(("aten.mm.default", "aten.matmul.default"), _matrix_product),
     "aten.linear.default": _linear,
+    "aten.einsum.default": _einsum,
     "aten.addmm.default": _addmm,
     "aten.baddbmm.default": _added_product,
     "aten.glu.default": _glu,

@@ -100,11 +100,21 @@ def _kind(node: fx.Node, rules: dict[str, Rule], known: dict[fx.Node, Kind]) -> 
     if kind is not None and kind.kind == "lookup":
         return kind
     acts = [each for each in node.all_input_nodes if known[each].kind != "size"]
-    if not acts or (dtype is not None and not dtype.is_floating_point and not _is_image(node, acts, known)):
+    if not acts:
+        # Numbers that are made of indices or masks are what layers may read.
+        numbers = dtype is not None and dtype.is_floating_point and _depends(node)
+        return Kind("nonlinear", op="numbers") if numbers else SIZE
+    if dtype is not None and not dtype.is_floating_point and not _is_image(node, acts, known):
         return SIZE
     if node.meta["shape"] is None and kind is None:
         return SIZE if str(node.target).startswith("aten.sym") else Kind("other")
     return _checked(node, kind or Kind("other"), acts)
+
+
+def _depends(node: fx.Node) -> bool:
+    """Whether a tensor depends on the values of an input, and not on sizes alone."""
+    tensors = [each for each in node.all_input_nodes if each.meta["shape"] is not None]
+    return any(each.op == "placeholder" or (each.op == "call_function" and _depends(each)) for each in tensors)
 
 
 def _is_image(node: fx.Node, acts: list[fx.Node], known: dict[fx.Node, Kind]) -> bool:

@@ -20,8 +20,8 @@ from .operations import Kind
 from .streaming import FLOWING, Affine, Flow, FlowLayer, FlowMaxPool, FlowSite, Readout, Rescale
 from .windows import labels_of_operand, operand_kinds
 
-STREAMING = ("weighted", "affine", "linear", "add", "cat", "maxpool", "activation")
-"""Kinds of operations that work on trains."""
+PASSING = ("affine", "linear", "cat", "maxpool", "activation")
+"""Kinds of operations that pass a train on."""
 
 
 def reshape_rows(x: Tensor, sizes: list[int]) -> Tensor:
@@ -68,7 +68,11 @@ class Router:
             self.draft.weigh(node)
         self._code_input()
         for node in list(self.draft.graph.nodes):
-            if self.draft.kinds[node].kind not in ("input", "size", "site", "value"):
+            kind = self.draft.kinds[node].kind
+            if kind == "size" and node.meta["shape"] is not None:
+                for each in list(node.all_input_nodes):  # masks and indices are made of values
+                    node.replace_input_with(each, self._value_of(each))
+            elif kind not in ("input", "size", "site", "value"):
                 self._place(node)
         units = _Units(self)
         units.run()
@@ -85,14 +89,21 @@ class Router:
             if kind == "input" or (is_arithmetic(node, kind) and inputs and all(each in raw for each in inputs)):
                 raw.add(node)
         for node in [each for each in self.draft.graph.nodes if each in raw]:
-            readers = [user for user in node.users if user not in raw and self.draft.kinds[user].kind in STREAMING]
-            if any(not self.draft.excluded(user) for user in readers):
+            if any(user not in raw and self._reaches_layer(user) for user in node.users):
                 new = self._coded(node, "image", self.draft.free("image"))
                 self._reread(node, new, {new, *raw})
 
+    def _reaches_layer(self, node: fx.Node) -> bool:
+        """Whether an operation is a layer on spikes, or passes trains on to one."""
+        kind = self.draft.kinds[node].kind
+        if kind == "weighted":
+            return not self.draft.excluded(node)
+        return kind in PASSING and any(self._reaches_layer(user) for user in node.users)
+
     def _reread(self, node: fx.Node, new: fx.Node, but: set[fx.Node]) -> None:
         """Let all that read a node, but some, and but what asks for its sizes, read another."""
-        kept = but | {user for user in node.users if self.draft.kinds[user].kind == "size"}
+        sizes = {user for user in node.users if self.draft.kinds[user].kind == "size" and user.meta["shape"] is None}
+        kept = but | sizes
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
 
     def _place(self, node: fx.Node) -> None:

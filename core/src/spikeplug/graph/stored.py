@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from spikeplug.errors import BundleError
 
 from .capture import Captured
 from .describe import KEPT
+from .guards import Guard
 from .normalize import affine
 from .operations import name_of, registry
 from .structure import Signature, Structure
@@ -56,6 +58,7 @@ def to_json(captured: Captured) -> dict[str, Any]:
         "outputs": captured.outputs.to_json(),
         "batch": captured.batch,
         "samples": captured.samples,
+        "guards": [guard.to_json() for guard in captured.guards],
         "nodes": nodes,
     }
 
@@ -68,24 +71,54 @@ def of_json(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> Captured:
     """
     graph, known = fx.Graph(), dict[str, fx.Node]()
     try:
+        for name in tensors:
+            require_plain(name)
         for each in data["nodes"]:
-            op, name = each["op"], str(each["name"])
-            args = tuple(_read(value, known) for value in each["args"])
-            args = (tuple(args[0]),) if op == "output" else args
-            kwargs = {str(key): _read(value, known) for key, value in each.get("kwargs", {}).items()}
-            if op == "get_attr" and each["target"] not in tensors:
-                raise KeyError(each["target"])
-            if op not in ("placeholder", "get_attr", "call_function", "output"):
-                raise KeyError(op)
-            target = operation(each["target"]) if op == "call_function" else str(each["target"])
-            node = graph.create_node(op, target, args, kwargs, name)
-            node.meta = {key: _meta(_read(each["meta"][key], known)) for key in KEPT}
-            known[name] = node
+            known[str(each["name"])] = _node(graph, each, known, tensors)
         signature, outputs = Signature.of_json(data["signature"]), Structure.of_json(data["outputs"])
         graph.lint()  # type: ignore[no-untyped-call]
-        return Captured(str(data["name"]), graph, tensors, signature, outputs, str(data["batch"]), int(data["samples"]))
+        results = next(node for node in graph.nodes if node.op == "output").args[0]
+        if outputs.count() != len(results) or signature.count() != sum(n.op == "placeholder" for n in graph.nodes):
+            raise ValueError("its inputs or results are not those of its operations")
+        sizes = tuple(Guard.of_json(guard) for guard in data["guards"])
+        where = (str(data["name"]), graph, tensors, signature, outputs, str(data["batch"]), int(data["samples"]))
+        return Captured(*where, guards=sizes)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise BundleError(f"the saved graph cannot be read: {type(error).__name__}: {error}") from None
+
+
+def require_plain(path: str) -> None:
+    """Raise ValueError where a name could end the text of a name: programs are written as Python."""
+    if not path or any(character in "\"'\\" or ord(character) < 32 for character in path):
+        raise ValueError(f"the name {path!r}")
+
+
+def _node(
+    graph: fx.Graph, data: Mapping[str, Any], known: Mapping[str, fx.Node], tensors: Mapping[str, Tensor]
+) -> fx.Node:
+    """One operation of a saved graph."""
+    op, target = data["op"], data["target"]
+    args = tuple(_read(value, known) for value in data["args"])
+    kwargs = {str(key): _read(value, known) for key, value in data.get("kwargs", {}).items()}
+    if op == "call_function":
+        target = operation(target)
+        schema = getattr(target, "_schema", None)
+        if set(kwargs) - {argument.name for argument in (schema.arguments if schema is not None else ())}:
+            raise KeyError(f"arguments {sorted(kwargs)}")
+    elif op == "placeholder":
+        if not str(target).isidentifier() or keyword.iskeyword(target) or args or kwargs:
+            raise ValueError(f"the input {target!r}")
+    elif op == "get_attr":
+        if target not in tensors or args or kwargs:
+            raise KeyError(target)
+    elif op == "output":
+        args = (tuple(args[0]),)
+    else:
+        raise KeyError(op)
+    node = graph.create_node(op, target, args, kwargs, str(data["name"]))
+    node.meta = {key: _meta(_read(data["meta"][key], known)) for key in KEPT}
+    require_plain(str(node.meta["path"]))
+    return node
 
 
 def _meta(value: Any) -> Any:

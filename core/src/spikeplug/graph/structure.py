@@ -26,6 +26,28 @@ class Outputs(dict[str, Any]):
         return list(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
 
 
+class NamedOutputs(tuple[Any, ...]):
+    """Results in order and by name, where a network returns a named tuple."""
+
+    _fields: tuple[str, ...]
+
+    def __new__(cls, names: Sequence[str], values: Sequence[Any]) -> NamedOutputs:
+        found = super().__new__(cls, values)
+        found._fields = tuple(names)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_fields" or name not in self._fields:
+            raise AttributeError(f"no result '{name}'")
+        return self[self._fields.index(name)]
+
+
+pytree.register_pytree_node(
+    NamedOutputs,
+    lambda found: (list(found), found._fields),
+    lambda values, names: NamedOutputs(names, list(values)),
+    serialized_type_name="spikeplug.graph.structure.NamedOutputs",
+)
 pytree.register_pytree_node(
     Outputs,
     lambda found: (list(found.values()), list(found)),
@@ -39,7 +61,8 @@ class Structure:
     """A nest of tuples, lists and mappings whose leaves are tensors or constants.
 
     Attributes:
-        kind: `tensor`, `constant`, `tuple`, `list`, `dict` or `fields` (a class of the network's own).
+        kind: `tensor`, `constant`, `tuple`, `list`, `dict`, `fields` (a class of the network's own) or `named` (a named
+            tuple).
         keys: of a mapping, in order.
         parts: what it holds.
         value: of a constant.
@@ -47,7 +70,7 @@ class Structure:
 
     kind: str
     parts: tuple[Structure, ...] = ()
-    keys: tuple[str, ...] = ()
+    keys: tuple[Any, ...] = ()
     value: Any = None
 
     @classmethod
@@ -60,12 +83,12 @@ class Structure:
             return cls(spec.type.__name__, parts)
         context = spec.context
         if spec.type is dict:
-            return cls("dict", parts, tuple(map(str, context)))
+            return cls("dict", parts, tuple(context))
         names = context[0] if isinstance(context, tuple) and context and isinstance(context[0], list) else context
         if isinstance(names, (list, tuple)) and len(names) == len(parts) and all(isinstance(n, str) for n in names):
             return cls("fields", parts, tuple(names))
         fields = getattr(context, "_fields", None)  # a named tuple
-        return cls("fields" if fields else "tuple", parts, tuple(fields or ()))
+        return cls("named" if fields else "tuple", parts, tuple(fields or ()))
 
     @classmethod
     def like(cls, value: Any) -> Structure:
@@ -73,7 +96,7 @@ class Structure:
         if isinstance(value, Tensor):
             return cls("tensor")
         if isinstance(value, Mapping):
-            return cls("dict", tuple(cls.like(each) for each in value.values()), tuple(map(str, value)))
+            return cls("dict", tuple(cls.like(each) for each in value.values()), tuple(value))
         if isinstance(value, (tuple, list)):
             return cls("tuple" if isinstance(value, tuple) else "list", tuple(cls.like(each) for each in value))
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -91,6 +114,8 @@ class Structure:
             return dict(zip(self.keys, parts, strict=True))
         if self.kind == "fields":
             return Outputs(zip(self.keys, parts, strict=True))
+        if self.kind == "named":
+            return NamedOutputs(self.keys, parts)
         return tuple(parts) if self.kind == "tuple" else parts
 
     def unpack(self, value: Any, name: str) -> Iterator[Tensor]:
@@ -129,14 +154,20 @@ class Structure:
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Structure:
         """The inverse of `to_json`. Raises KeyError, TypeError."""
-        if data["kind"] not in ("tensor", "constant", "tuple", "list", "dict", "fields"):
+        if data["kind"] not in ("tensor", "constant", "tuple", "list", "dict", "fields", "named"):
             raise KeyError("kind")
-        parts = tuple(cls.of_json(part) for part in data.get("parts", ()))
-        return cls(data["kind"], parts, tuple(map(str, data.get("keys", ()))), data.get("value"))
+        parts, keys = tuple(cls.of_json(part) for part in data.get("parts", ())), tuple(data.get("keys", ()))
+        if any(not isinstance(key, (str, int)) for key in keys) or (keys and len(keys) != len(parts)):
+            raise KeyError("keys")
+        return cls(data["kind"], parts, keys, data.get("value"))
+
+    def count(self) -> int:
+        """Tensors in it."""
+        return int(self.kind == "tensor") + sum(part.count() for part in self.parts)
 
 
 def _has(value: Any, keys: Sequence[str]) -> bool:
-    return isinstance(value, Mapping) and set(map(str, value)) == set(keys)
+    return isinstance(value, Mapping) and set(value) == set(keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +216,11 @@ class Signature:
             OptionError: it is called otherwise than in the example.
         """
         known = dict(self.given)
-        named = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        named = dict(zip(self.parameters, args, strict=False))
+        for name in kwargs:
+            if name in named:
+                raise OptionError(f"input '{name}' is given twice, by position and by name")
+        named |= dict(kwargs)
         if len(args) > len(self.parameters):
             named[self.rest or "(further inputs)"] = tuple(args[len(self.parameters) :])
         for name, value in named.items():
@@ -200,6 +235,10 @@ class Signature:
                 raise OptionError(f"input '{name}' is missing: the network was converted with it")
             found.extend(structure.unpack(named.get(name, structure.value), name))
         return found
+
+    def count(self) -> int:
+        """Tensors that it takes."""
+        return sum(structure.count() for _, structure in self.given)
 
     def to_json(self) -> dict[str, Any]:
         """What `of_json` reads."""

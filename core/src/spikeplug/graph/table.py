@@ -10,7 +10,7 @@ RULES: dict[str, str] = {
         reshape permute transpose.int t numpy_T mT unsqueeze squeeze squeeze.dim squeeze.dims select.int slice.Tensor
         narrow flatten.using_ints unflatten.int expand expand_as movedim.int movedim.intlist swapaxes swapdims adjoint
         pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle flip roll rot90 repeat
-        repeat_interleave.self_int tile constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
+        repeat_interleave.self_int tile reflection_pad1d reflection_pad2d reflection_pad3d
         replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
         upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec _upsample_nearest_exact2d.vec index.Tensor
         index_select gather unfold im2col tril triu diagonal neg positive _to_copy take_along_dim view_as
@@ -26,7 +26,7 @@ RULES: dict[str, str] = {
     "RELU6": "relu6",
     "clip": "hardtanh clamp clamp_min",
     "threshold": "threshold",
-    "padding": "pad",
+    "padding": "pad constant_pad_nd",
     "ADD": "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Scalar rsub.Tensor",
     "CAT": "cat concat concatenate stack hstack vstack slice_scatter select_scatter diagonal_scatter copy",
     "multiplication": "mul.Tensor mul.Scalar div.Tensor div.Scalar",

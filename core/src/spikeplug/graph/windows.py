@@ -138,9 +138,7 @@ def _operand_site(draft: Draft, coded: dict[fx.Node, Site], node: fx.Node, index
 def _decode_for_others(draft: Draft, coded: dict[fx.Node, Site]) -> None:
     """Let what is no layer on spikes read the decoded value."""
     for source, site in coded.items():
-        others = [
-            user for user in source.users if not _receives(draft, user, site) and draft.kinds[user].kind != "size"
-        ]
+        others = [user for user in source.users if not _receives(draft, user, site) and not _asks_size(draft, user)]
         if not others:
             continue
         site.consumers += 1
@@ -149,6 +147,10 @@ def _decode_for_others(draft: Draft, coded: dict[fx.Node, Site]) -> None:
             value = draft.call(where, (source,), Kind("value", "decode"), source, draft.free(f"{site.name}.decoded"))
         for user in others:
             user.replace_input_with(source, value)
+
+
+def _asks_size(draft: Draft, user: fx.Node) -> bool:
+    return draft.kinds[user].kind == "size" and user.meta["shape"] is None
 
 
 def _receives(draft: Draft, user: fx.Node, site: Site) -> bool:

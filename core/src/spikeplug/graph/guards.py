@@ -1,0 +1,134 @@
+"""What the sizes of inputs must be like for a captured graph to hold, which took branches on them while capturing."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+
+COMPARED: dict[str, Callable[[Any, Any], Any]] = {
+    "Equality": operator.eq, "Unequality": operator.ne, "StrictLessThan": operator.lt, "LessThan": operator.le,
+    "StrictGreaterThan": operator.gt, "GreaterThan": operator.ge,
+}  # fmt: skip
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    "Add": lambda *each: sum(each),
+    "Mul": lambda *each: _product(each),
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Max": max,
+    "Min": min,
+    "Not": operator.not_,
+    "And": lambda *each: all(each),
+    "Or": lambda *each: any(each),
+}
+KNOWN = {**COMPARED, **ARITHMETIC}
+"""Functions of sizes, by the names of their classes in sympy."""
+
+Expression = int | str | tuple[Any, ...]
+"""A number, a size by its name, or a function's name and its arguments."""
+
+
+def _product(values: Sequence[Any]) -> Any:
+    result = 1
+    for value in values:
+        result = result * value
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A condition on sizes.
+
+    Attributes:
+        said: as a message says it.
+        expression: the condition.
+    """
+
+    said: str
+    expression: Expression
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether it is true of sizes by their names."""
+        return bool(_value(self.expression, sizes))
+
+    def to_json(self) -> list[Any]:
+        """What `of_json` reads."""
+        return [self.said, _listed(self.expression)]
+
+    @classmethod
+    def of_json(cls, data: Sequence[Any]) -> Guard:
+        """The inverse of `to_json`. Raises KeyError, TypeError, ValueError."""
+        said, expression = data
+        return cls(str(said), _read(expression))
+
+
+def guards_of(inputs: Sequence[fx.Node]) -> tuple[Guard, ...]:
+    """The conditions under which a capture took the branches that it took.
+
+    That a size is not 0 or 1 is left out: PyTorch asks it of every size, and what was captured holds of it.
+    """
+    mode = detect_fake_mode([node.meta.get("val") for node in inputs])
+    if mode is None or mode.shape_env is None:
+        return ()
+    known = {
+        str(size) for node in inputs if isinstance(node.meta.get("val"), Tensor) for size in node.meta["val"].shape
+    }
+    found: dict[str, Guard] = {}
+    for guard in mode.shape_env.guards:
+        expression = _read_sympy(guard.expr, known)
+        if expression is not None and not _asks_for_one(expression):
+            found[str(guard.expr)] = Guard(str(guard.expr), expression)
+    return tuple(found.values())
+
+
+def _asks_for_one(expression: Expression) -> bool:
+    if not isinstance(expression, tuple) or expression[0] not in COMPARED:
+        return False
+    name, *sides = expression
+    if name == "Unequality":
+        return 0 in sides or 1 in sides
+    # `2 <= s` is how a range says that a size is not 0 or 1.
+    return (name, sides[-1]) == ("GreaterThan", 2) or (name, sides[0]) == ("LessThan", 2)
+
+
+def _read_sympy(expression: Any, known: set[str]) -> Expression | None:
+    """A formula of sympy; None where it has parts that are not known here."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return str(expression) if str(expression) in known else None
+    name = type(expression).__name__
+    if name == "Pow" and expression.args[1].is_Integer and 0 < int(expression.args[1]) < 5:
+        base = _read_sympy(expression.args[0], known)
+        return None if base is None else ("Mul", *[base] * int(expression.args[1]))
+    parts = [_read_sympy(each, known) for each in expression.args]
+    return None if name not in KNOWN or any(part is None for part in parts) else (name, *parts)
+
+
+def _value(expression: Expression, sizes: Mapping[str, int]) -> Any:
+    if isinstance(expression, int):
+        return expression
+    if isinstance(expression, str):
+        return sizes[expression]
+    name, *parts = expression
+    return KNOWN[name](*(_value(part, sizes) for part in parts))
+
+
+def _listed(expression: Expression) -> Any:
+    return [expression[0], *map(_listed, expression[1:])] if isinstance(expression, tuple) else expression
+
+
+def _read(data: Any) -> Expression:
+    if isinstance(data, list):
+        if data[0] not in KNOWN:
+            raise KeyError(data[0])
+        return (data[0], *map(_read, data[1:]))
+    if isinstance(data, bool) or not isinstance(data, (int, str)):
+        raise TypeError(type(data).__name__)
+    return data
