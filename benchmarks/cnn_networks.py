@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,22 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from spikeplug_vision.models import SamePad
+
+class SamePad(nn.Module):
+    """Zero padding as TensorFlow's SAME has it: outputs are ceil(input / stride), more zeros at the end than ahead."""
+
+    def __init__(self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.dilation = tuple(kernel), tuple(stride), tuple(dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[-2:]), reversed(self.kernel), reversed(self.stride), reversed(self.dilation), strict=True
+        ):
+            over = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            pads += [over // 2, over - over // 2]
+        return F.pad(x, pads)
 
 
 @dataclasses.dataclass(frozen=True)

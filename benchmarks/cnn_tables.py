@@ -27,9 +27,11 @@ import safetensors.torch
 import torch
 from cnn_networks import NETWORKS
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import spikeplug
+from spikeplug.graph.capture import capture
+from spikeplug.graph.folding import fold
 from spikeplug.graph.network import SpikingGraph
 from spikeplug_vision.models import CIFAR, CifarResNet
 
@@ -100,7 +102,7 @@ class Twin:
         agree = float((found.argmax(1) == self.dense.argmax(1)).double().mean())
         error = float((found - self.dense).norm() / self.dense.norm())
         return [
-            f"{right:.2%}", f"{agree:.2%}", f"{error:.4f}", str(spiking.delay), f"{fired:.2f}",
+            f"{right:.2%}", f"{agree:.2%}", f"{error:.4f}", str(spikeplug.report(spiking).delay), f"{fired:.2f}",
             f"{energy['ratio']:.3f}, {energy['ratio_with_memory']:.3f}", f"{ms:.1f}",
         ]  # fmt: skip
 
@@ -216,11 +218,10 @@ def cost(arguments: argparse.Namespace) -> None:
     """CPU time against the dense network's, and how much of it are the convolutions."""
     arguments.count = arguments.count or 128
     twin = cifar_twin(arguments)
-    from spikeplug.fold import FoldBatchNorm
-
-    folded = twin.build()
-    FoldBatchNorm().apply(folded)
-    dense = min(run(folded, twin.x)[1] for _ in range(5))
+    captured = capture(twin.build(), (twin.x[:2],), {})
+    fold(captured)
+    folded = fx.GraphModule(dict(captured.tensors), captured.graph)
+    dense = min(run(lambda x: folded(x)[0], twin.x)[1] for _ in range(5))
 
     def rows() -> Iterator[list[str]]:
         for recipe, options in (("css", {}), ("css", {"compiled": True}), ("css-q", {}), ("css-q", {"compiled": True})):
@@ -274,7 +275,13 @@ def peer(arguments: argparse.Namespace) -> None:
                 run(spiking, twin.x[:BATCH])
                 found, ms = run(spiking, twin.x)
                 said = f"{recipe}{', compiled' if compiled else ''}"
-                yield [said, str(spiking.flow.steps), str(spiking.delay), *_score(twin, found), f"{ms:.1f}"]
+                yield [
+                    said,
+                    str(spiking.flow.steps),
+                    str(spikeplug.report(spiking).delay),
+                    *_score(twin, found),
+                    f"{ms:.1f}",
+                ]
         for mode, options in (
             ("default", {}),
             ("channel-wise, half threshold", {"channel_wise": True, "half_threshold": True}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 from importlib.util import find_spec
@@ -40,8 +41,7 @@ def converted():
     opened = _open()
     dense = _perplexity(opened)
     batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=16384)
-    spikeplug.convert(opened.model, "bse", calibration=batches)
-    return dense, opened
+    return dense, dataclasses.replace(opened, model=spikeplug.convert(opened.model, "bse", calibration=batches))
 
 
 def test_sixteen_steps_are_within_a_tenth_of_a_percent(converted):
@@ -85,7 +85,7 @@ def test_laser_is_within_a_percent():
     opened = _open()
     dense = _perplexity(opened)
     batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=4096)
-    spikeplug.convert(opened.model, "laser", calibration=batches)
+    opened = dataclasses.replace(opened, model=spikeplug.convert(opened.model, "laser", calibration=batches))
     found = _perplexity(opened)
     assert found == pytest.approx(dense, rel=1e-2)
     assert found != dense
@@ -130,8 +130,8 @@ def first_spikes():
     dense = _perplexity(opened)
     config = spikeplug.ConversionConfig.resolve("qc-a2s", {"steps": 64})
     batches = language().calibration(opened, CALIBRATION, seqlen=512, tokens=8192, config=config)
-    spikeplug.convert(opened.model, config, calibration=batches)
-    return dense, opened, batches
+    spiking = spikeplug.convert(opened.model, config, calibration=batches)
+    return dense, dataclasses.replace(opened, model=spiking), batches
 
 
 def test_qc_a2s_equals_the_quantized_model_it_came_from(first_spikes):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import spikeplug
+from spikeplug.site import sites
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -105,8 +106,20 @@ def test_masked_positions_do_not_matter():
     net, _ = built("bert")
     given, mask = ids(), torch.ones_like(ids())
     mask[:, 6:] = 0
-    spiking = spikeplug.convert(net, "bse", calibration=[{"input_ids": given, "attention_mask": mask}])
+    net.embeddings.word_embeddings.weight.data[7] = 30  # what padding would bring into ranges
     other = given.clone()
     other[:, 6:] = 7
+    batch = {"input_ids": other, "attention_mask": mask}
+    spiking = spikeplug.convert(net, "bse", calibration=[batch])
     one, two = (spiking(input_ids=each, attention_mask=mask).last_hidden_state[:, :6] for each in (given, other))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+    cut = {"input_ids": given[:, :6], "attention_mask": mask[:, :6]}
+    plain = spikeplug.convert(net, "bse", calibration=[cut])
+    for name, site in sites(plain).items():
+        if site.kind not in ("probabilities", "key"):
+            torch.testing.assert_close(sites(spiking)[name].scale, site.scale, rtol=1e-3, atol=1e-6)
+    with spikeplug.count_spikes(plain) as short, spikeplug.count_spikes(spiking) as long:
+        plain(**cut), spiking(**batch)
+    for name, count in short.by_site.items():
+        if sites(plain)[name].kind == "input":
+            assert long.by_site[name].neurons == count.neurons

@@ -38,14 +38,21 @@ def real_positions(mask: Tensor | None) -> Iterator[None]:
         _REAL.reset(before)
 
 
-def without_padding(x: Tensor) -> Tensor:
-    """An activation `[B, S, F]` or `[B, H, S, D]` without its padded positions: `[1, N, F]` or `[1, H, N, D]`."""
+def without_padding(x: Tensor, sequence: int | None = -2) -> Tensor:
+    """An activation without its padded positions, as one long sample: `[B, S, F]` to `[1, N, F]`.
+
+    Args:
+        sequence: the dimension of positions, counted from the end; None: it has none.
+    """
     mask = _REAL.get()
-    if mask is None or x.ndim not in (3, 4) or len(x) != len(mask) or x.shape[-2] > mask.shape[1]:
+    if mask is None or sequence is None or not 1 <= x.ndim + sequence < x.ndim or len(x) != len(mask):
+        return x
+    length = x.shape[sequence]
+    if length > mask.shape[1]:
         return x
     # The last positions of the mask are those of this call; earlier ones lie in a cache.
-    kept = mask[:, mask.shape[1] - x.shape[-2] :].to(x.device)
-    return x[kept].unsqueeze(0) if x.ndim == 3 else x.transpose(1, 2)[kept].transpose(0, 1).unsqueeze(0)
+    kept = mask[:, mask.shape[1] - length :].to(x.device)
+    return x.movedim(sequence, 1)[kept].unsqueeze(0).movedim(1, sequence)
 
 
 class SpikeCount:
@@ -115,6 +122,8 @@ class Coder(nn.Module):
     """Whether it has parameters, which `calibrate` fits and `save` stores."""
     observes: bool = True
     """Whether the parameters are fitted to what it sees; if not, `fit` is called with None before the first batch."""
+    sequence: int | None = -2
+    """The dimension of positions in a sequence, of which some may be padding, counted from the end; None: none."""
     spatial: int = 0
     """Last dimensions that a convolution slides over, whose places do not all have as many synapses."""
 
@@ -166,7 +175,7 @@ class Coder(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Add an activation to what it sees, but for padding."""
         assert self.observer is not None
-        self.observer.update(without_padding(x))
+        self.observer.update(without_padding(x, self.sequence))
 
     def set_params(self, tensors: Mapping[str, Tensor]) -> None:
         """Store copies of parameters, as buffers of their names."""
@@ -297,7 +306,7 @@ class Site(Coder):
             if self.execution == "stepped":
                 return straight_through(x, lambda x: self._decoded(x, p, new))
             if self.counters:
-                fresh = without_padding(_fresh(x, new))
+                fresh = without_padding(_fresh(x, new), self.sequence)
                 known = p if self.static else self.params(fresh)
                 self.count(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
@@ -308,7 +317,7 @@ class Site(Coder):
         spikes = encoder.encode(x, p) if neuron is None else neuron.bind(p).stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
             if counted and self.counters:
-                fresh = without_padding(_fresh(s, new))
+                fresh = without_padding(_fresh(s, new), self.sequence)
                 self.count(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikeplug.errors import ConversionError, OptionError
-from spikeplug.site import passing
+from spikeplug.site import passing, real_positions
 
 from .capture import Captured
 from .draft import Draft
 from .operations import Kind
 from .streaming import Flow, FlowSite
 from .structure import leaves
+from .windows import MASK
 
 if TYPE_CHECKING:
     from spikeplug.conversion.record import Conversion
@@ -79,8 +80,10 @@ class SpikingGraph(nn.Module):
             if x.ndim != len(dims) or any(size.isdigit() and int(size) != x.shape[d] for d, size in enumerate(dims)):
                 raise OptionError(self._misfit(name, x, dims, shape))
         self._check_sizes(inputs)
-        # Sites keep things on activations; the caller's tensors shall not carry them.
-        return self.captured.outputs.pack(iter(self._run([x.view_as(x) for x in inputs])))
+        mask = next((x for x, node in zip(inputs, self.captured.inputs, strict=True) if node.name == MASK), None)
+        with real_positions(mask if mask is not None and mask.ndim == 2 else None):
+            # Sites keep things on activations; the caller's tensors shall not carry them.
+            return self.captured.outputs.pack(iter(self._run([x.view_as(x) for x in inputs])))
 
     def _check_sizes(self, inputs: list[Tensor]) -> None:
         """Refuse sizes for which the network takes another way than it took while it was captured."""

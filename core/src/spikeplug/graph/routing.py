@@ -18,7 +18,7 @@ from .draft import Draft, keeps_rows
 from .folding import is_arithmetic
 from .operations import Kind
 from .streaming import FLOWING, Affine, Flow, FlowLayer, FlowMaxPool, FlowSite, Readout, Rescale
-from .windows import labels_of_operand, operand_kinds
+from .windows import labels_of_operand, operand_kinds, sequence_of
 
 PASSING = ("affine", "linear", "cat", "maxpool", "activation")
 """Kinds of operations that pass a train on."""
@@ -184,7 +184,9 @@ class Router:
     def _coded(self, source: fx.Node, kind: str, path: str) -> fx.Node:
         """Put a site behind an activation."""
         draft, plain = self.draft, Kind("site", "signed sum" if kind == "sum" else "input")
-        draft.add(path, self._site(path, kind, plain))
+        site = self._site(path, kind, plain)
+        site.sequence = sequence_of(draft, source)
+        draft.add(path, site)
         with draft.graph.inserting_after(source):
             new = draft.call(path, (source,), plain, source)
         self.coded[source] = new

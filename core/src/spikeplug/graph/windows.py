@@ -111,6 +111,7 @@ def _code(draft: Draft, source: fx.Node, readers: list[Reader]) -> Site:
         path = f"{path}.{name}"
     encoder, neuron = draft.config.build(path, *labels)
     site = Site(path, name, encoder, neuron, channels, consumers=len(readers))
+    site.sequence = sequence_of(draft, source)
     for index, layer in enumerate(layers):
         module = draft.module(layer)
         assert module is not None
@@ -120,6 +121,20 @@ def _code(draft: Draft, source: fx.Node, readers: list[Reader]) -> Site:
         assert isinstance(module, Product)
         module.add_module(f"{name}_site", site)
     return site
+
+
+MASK = "attention_mask"
+"""Name of an input `[B, S]` that is 0 where a position is padding, as transformers' networks have it."""
+
+
+def sequence_of(draft: Draft, source: fx.Node) -> int | None:
+    """The dimension of an activation that is the sequence of the network's mask, counted from the end."""
+    mask = next((node for node in draft.captured.inputs if node.name == MASK), None)
+    if mask is None or len(mask.meta["dims"]) != 2 or not source.meta["dims"]:
+        return None
+    dims, length = source.meta["dims"], mask.meta["dims"][1]
+    found = [dim for dim, size in enumerate(dims) if dim and size == length]
+    return found[0] - len(dims) if len(found) == 1 and dims[0] == draft.captured.batch else None
 
 
 def _channels(source: fx.Node, name: str) -> tuple[int, ...]:

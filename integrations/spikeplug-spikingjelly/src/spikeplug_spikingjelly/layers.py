@@ -144,7 +144,7 @@ class SpikeplugRecipe(ModuleConversionRecipe):
         self.recipe, self.calibration, self.options = recipe, calibration, options
 
     def convert_module(self, converter: Any, ann: nn.Module) -> nn.Module:
-        """Convert in place, as `spikeplug.convert`."""
+        """A new network, as `spikeplug.convert` makes it; the given one stays as it is."""
         return SpikingJelly().network(
             spikeplug.convert(ann.eval(), self.recipe, calibration=self.calibration, **self.options)
         )
