@@ -1,4 +1,4 @@
-"""The conformance kit: subclass, give one fixture, and pytest runs every check a code or a neuron must pass.
+"""The conformance kit: subclass, give its fixtures, and pytest runs every check that such a part must pass.
 
     class TestMyCode(EncoderConformance):
         @pytest.fixture
@@ -11,5 +11,20 @@ A check cannot be overridden. One that does not apply is waived aloud, with a re
 
 from spikeplug.testing.encoder import EncoderConformance
 from spikeplug.testing.neuron import NeuronConformance
+from spikeplug.testing.parts import (
+    ApproximatorConformance,
+    ExporterConformance,
+    OperationConformance,
+    PassConformance,
+    TrainerConformance,
+)
 
-__all__ = ["EncoderConformance", "NeuronConformance"]
+__all__ = [
+    "ApproximatorConformance",
+    "EncoderConformance",
+    "ExporterConformance",
+    "NeuronConformance",
+    "OperationConformance",
+    "PassConformance",
+    "TrainerConformance",
+]
