@@ -337,7 +337,7 @@ def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, im
     elif moment == "manifest":
         monkeypatch.setattr("spikeplug.bundle._sync", fail)
     else:
-        monkeypatch.setattr("safetensors.torch.save_model", fail)
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(KeyboardInterrupt if moment == "interrupt" else BundleError):
         spikeplug.save(spiking, folder, overwrite=True)
     monkeypatch.undo()

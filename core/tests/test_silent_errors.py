@@ -59,7 +59,7 @@ def test_a_branch_on_sizes_holds_for_sizes_that_take_it():
             torch.testing.assert_close(spiking(x), net(x), rtol=0, atol=0.02)
     for shape in ((2, 3, 16, 8), (2, 3, 15, 16), (101, 3, 16, 16)):
         with pytest.raises(
-            OptionError, match=r"branches on sizes, and was converted with such that .*convert it with an"
+            OptionError, match=r"branches on sizes, and was converted with such that .*convert it with such an example"
         ):
             spiking(torch.rand(shape))
 

@@ -88,7 +88,7 @@ def test_pickled_code_in_weights_is_refused(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [65, 64])
+@pytest.mark.parametrize("size", [65])
 def test_layers_of_timm_convert(size):
     torch.manual_seed(0)
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
