@@ -64,6 +64,38 @@ def test_a_branch_on_sizes_holds_for_sizes_that_take_it():
             spiking(torch.rand(shape))
 
 
+@pytest.mark.parametrize("squeezed", [lambda h: h.squeeze(), lambda h: h.squeeze(0), lambda h: h.squeeze((0, 2))])
+def test_a_squeeze_that_would_leave_out_the_samples_is_refused(squeezed):
+    net = module(lambda self, x: squeezed(self.a(x)), a=nn.Linear(3, 2))
+    spiking = near(net, torch.rand(2, 4, 3))
+    spiking(torch.rand(3, 4, 3))
+    with pytest.raises(OptionError, match="is not 1, which squeeze"):
+        spiking(torch.rand(1, 4, 3))
+
+
+def test_a_condition_with_an_unknown_function_holds_for_the_sizes_of_the_example():
+    net = module(lambda self, x: self.a(x if x.shape[1] ** 0.5 < 3 else -x), a=nn.Linear(3, 2))
+    spiking = near(net, torch.rand(2, 4, 3))
+    with pytest.raises(OptionError, match="branches on sizes"):
+        spiking(torch.rand(2, 16, 3))
+
+
+def test_inputs_whose_sizes_were_the_same_stay_so():
+    net = module(lambda self, x, t: self.a(x) * t[:, None], a=nn.Linear(3, 2))
+    with torch.no_grad():
+        x, t = torch.rand(4, 3), torch.rand(4)
+        spiking = spikeplug.convert(net, "rate", steps=63, calibration=[(x, t)])
+        torch.testing.assert_close(spiking(x[:3], t[:3]), net(x[:3], t[:3]), rtol=0, atol=0.05)
+        with pytest.raises(OptionError, match="two sizes are the same"):
+            spiking(x, t[:1])
+
+
+def test_what_has_no_samples_is_counted_whole():
+    net = module(lambda self, x, e: self.a(x) @ self.b(e).mT, a=nn.Linear(3, 2), b=nn.Linear(5, 2))
+    spiking = spikeplug.convert(net, "rate", steps=15, calibration=[{"x": torch.rand(4, 3), "e": torch.rand(7, 5)}])
+    assert {op.name: op.macs for op in spikeplug.report(spiking).ops if op.macs} == {"a": 6, "b": 70, "matmul": 14}
+
+
 def test_guards_are_saved(tmp_path):
     net = module(lambda self, x: self.a(x if x.shape[-2] > 4 else -x), a=nn.Linear(3, 2))
     spikeplug.save(near(net, torch.rand(2, 6, 3)), tmp_path / "net")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -239,7 +240,10 @@ def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
             matrices = [draft.tensor(each) for each in node.all_input_nodes]
             rows = math.prod(node.args[0].meta["shape"][:-1])
             per = rows * sum(each.numel() for each in matrices if each is not None and each.ndim == 2)
-        yield node, (per // samples, elements // samples)
+        # What is computed from inputs without samples is computed once for all, and whole for one.
+        shared = not any(re.search(rf"\b{draft.captured.batch}\b", size) for size in node.meta["dims"] or ())
+        parts = 1 if shared and not draft.captured.batch.isdigit() and kind != "recurrent" else samples
+        yield node, (per // parts, elements // parts)
 
 
 def _rows(

@@ -100,11 +100,7 @@ def convert(
     _refuse_converted(model)
     architecture = _chosen(model, config)
     refuse_target(recipe, architecture)
-    encoder, _ = config.build()
-    if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
-        raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
-    if isinstance(calibration, (Tensor, Mapping)):
-        raise OptionError(f"calibration is a {type(calibration).__name__}: give a list of batches, calibration=[batch]")
+    _refuse_unfit(calibration, config)
     batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or observed is not None)
     if example is None and batches is not None:
         example = batches.first()
@@ -338,6 +334,15 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
         if isinstance(conversion, Conversion):
             conversion.config = conversion.config.model_copy(update={"execution": execution})
     return model
+
+
+def _refuse_unfit(calibration: Iterable[Any] | None, config: ConversionConfig) -> None:
+    """Raises CalibrationError where data is missing that the code needs, and OptionError where it is no batches."""
+    encoder, _ = config.build()
+    if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
+        raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
+    if isinstance(calibration, (Tensor, Mapping)):
+        raise OptionError(f"calibration is a {type(calibration).__name__}: give a list of batches, calibration=[batch]")
 
 
 class SpikeCounts:

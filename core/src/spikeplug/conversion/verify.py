@@ -58,7 +58,7 @@ def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:
     """The first samples of a batch, where a network takes any number of them; of texts so many tokens."""
     if isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point():
         batch = batch[:, :TOKENS]
-    if isinstance(model, SpikingGraph) and model.captured.batch.isdigit():
+    if isinstance(model, SpikingGraph) and not model.any_samples:
         return batch
     size = next((len(each) for each in leaves(batch) if each.ndim), 0)
 

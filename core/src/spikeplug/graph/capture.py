@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from spikeplug.errors import ConversionError, OptionError
 
-from .guards import Guard, guards_of
+from .guards import Guard, guards_of, squeezing
 from .structure import Signature, Structure
 
 DROPPED_CHECKS = ("_assert", "sym_constrain", "_guards", "_check_")
@@ -296,7 +296,7 @@ def _read(model: nn.Module, name: str, program: ExportedProgram, signature: Sign
     first = next((each for each in captured.inputs if isinstance(each.meta.get("val"), Tensor)), None)
     if first is None or not first.meta["val"].ndim:
         raise ConversionError(f"{name} takes no tensor `[B, ...]`: at least one is needed")
-    captured.guards = guards_of(captured.inputs)
+    captured.guards = (*guards_of(captured.inputs), *squeezing(captured.graph.nodes))
     captured.batch, captured.samples = str(first.meta["val"].shape[0]), hint(first.meta["val"].shape[0])
     return captured
 

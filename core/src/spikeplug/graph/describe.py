@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
+from .builder import function_of
 from .capture import Captured, hint
-from .normalize import function_of
 
 COMPOSED = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
 """Layers of PyTorch that consist of several operations, each of which has a name of its own."""

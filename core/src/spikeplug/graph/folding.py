@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .builder import affine
 from .capture import Captured, operands
-from .normalize import affine
 
 TRANSPOSED = "conv_transpose"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -76,14 +76,38 @@ def guards_of(inputs: Sequence[fx.Node]) -> tuple[Guard, ...]:
     mode = detect_fake_mode([node.meta.get("val") for node in inputs])
     if mode is None or mode.shape_env is None:
         return ()
-    known = {
-        str(size) for node in inputs if isinstance(node.meta.get("val"), Tensor) for size in node.meta["val"].shape
-    }
+    sizes = [size for node in inputs if isinstance(node.meta.get("val"), Tensor) for size in node.meta["val"].shape]
+    known = {str(size): int(size.node.hint) for size in sizes if not isinstance(size, int)}
     found: dict[str, Guard] = {}
     for guard in mode.shape_env.guards:
-        expression = _read_sympy(guard.expr, known)
-        if expression is not None and not _asks_for_one(expression):
-            found[str(guard.expr)] = Guard(str(guard.expr), expression)
+        condition = mode.shape_env.replace(guard.expr)  # sizes that were found to be the same have one name
+        expression = _read_sympy(condition, set(known))
+        if expression is None:
+            # A formula with functions that are not known here holds at least for the sizes of the example.
+            named = [size for size in map(str, condition.free_symbols) if size in known]
+            if not named:
+                continue
+            expression = ("And", *(("Equality", size, known[size]) for size in sorted(named)))
+        if not _asks_for_one(expression):
+            found[str(condition)] = Guard(str(condition), expression)
+    return tuple(found.values())
+
+
+def squeezing(nodes: Iterable[fx.Node]) -> tuple[Guard, ...]:
+    """Conditions of `squeeze`: a size that was not 1 in the example stays, and must not become 1 later."""
+    found: dict[str, Guard] = {}
+    for node in nodes:
+        word, _, overload = str(node.target).removeprefix("aten.").partition(".")
+        if word not in ("squeeze", "squeeze_copy"):
+            continue
+        shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        asked: Any = range(len(shape)) if overload == "default" else node.args[1]
+        for dim in (asked,) if isinstance(asked, int) else asked:
+            size = shape[dim] if len(shape) else 1
+            if not isinstance(size, int) and size.node.expr.is_Symbol:
+                found[str(size)] = Guard(
+                    f"{size} is not 1, which squeeze() would leave out", ("Unequality", str(size), 1)
+                )
     return tuple(found.values())
 
 

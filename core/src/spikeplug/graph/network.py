@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,13 @@ class SpikingGraph(nn.Module):
         self._splits = alone and draft.by_sample
 
     @property
+    def any_samples(self) -> bool:
+        """Whether it takes any number of samples."""
+        size = self.captured.batch
+        asked = any(re.search(rf"\b{size}\b", guard.said) for guard in self.captured.guards)
+        return not size.isdigit() and not asked
+
+    @property
     def program(self) -> fx.GraphModule:
         """The operations in order: `program.graph` and `program.code`."""
         return self._program[0]
@@ -90,11 +98,15 @@ class SpikingGraph(nn.Module):
         given = tuple(x.shape for x in inputs)
         if given in self._fitting:
             return
-        sizes = {
-            name: x.shape[dim]
-            for x, (dims, _) in zip(inputs, self._shapes, strict=True)
-            for dim, name in enumerate(dims)
-        }
+        sizes: dict[str, int] = {}
+        for x, (dims, _) in zip(inputs, self._shapes, strict=True):
+            for name, size in zip(dims, x.shape, strict=True):
+                if sizes.setdefault(name, size) != size:
+                    shapes = ", ".join(str(list(shape)) for shape in given)
+                    raise OptionError(
+                        f"{self.captured.name} was converted with inputs of which two sizes are the same; in inputs of "
+                        f"shape {shapes} they are {sizes[name]} and {size}"
+                    )
         for guard in self.captured.guards:
             if not guard.holds(sizes):
                 shapes = ", ".join(str(list(shape)) for shape in given)

@@ -14,8 +14,8 @@ from torch import fx
 
 from spikeplug import plugins
 
+from .builder import affine
 from .capture import Captured, operands
-from .normalize import affine
 
 
 @dataclasses.dataclass(frozen=True)

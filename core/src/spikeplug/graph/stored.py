@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from spikeplug.errors import BundleError
 
+from .builder import affine
 from .capture import Captured
 from .describe import KEPT
 from .guards import Guard
-from .normalize import affine
 from .operations import name_of, registry
 from .structure import Signature, Structure
 

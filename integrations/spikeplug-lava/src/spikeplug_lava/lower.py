@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from spikeplug import ActivationStats, CodeParams, Encoder, Neuron
 from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import ConversionError
+from spikeplug.graph.builder import affine
 from spikeplug.graph.capture import operands
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.normalize import affine
 from spikeplug.graph.operations import Kind
 from spikeplug.graph.streaming import FlowAffine, FlowLayer, FlowSite, Readout, Rescale
 from spikeplug.layers import SpikingLayer

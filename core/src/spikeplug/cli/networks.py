@@ -1,191 +1,37 @@
-"""The command line: results on stdout, progress and errors on stderr, exit status 1 and one line for a user error."""
+"""The commands that work on networks: `convert`, `eval`, `train` and `export`."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
-import os
-import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import spikeplug
 from spikeplug import plugins as registry
-from spikeplug.errors import ConversionError, OptionError, PluginError, SpikeplugError
+from spikeplug.errors import OptionError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from spikeplug.architecture import LanguageArchitecture
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=True,
-    help="Turn pretrained networks into spiking ones under coding schemes that are plugins.",
+from .console import (
+    Device,
+    Dtype,
+    Images,
+    Json,
+    Model,
+    language,
+    need_file,
+    print_json,
+    print_table,
+    progress,
+    refuse_both,
+    settings,
+    vision,
 )
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
-
-TERMINATED = 143
-"""Exit status after SIGTERM."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Language model: a folder, a hub id, a .gguf file, or 'smollm2'. "
-        "Image network: a torchvision or timm name, cifar_resnet20, module:function, or a folder."
-    ),
-]
-Images = Annotated[
-    Path | None,
-    typer.Option(help="Image network: a folder of images or of a folder per class, a CIFAR root, an ImageNet root."),
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda, cuda:1, mps.")]
+if TYPE_CHECKING:
+    from spikeplug.config import ConversionConfig
+    from spikeplug.coverage import ConversionReport
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    # A plain kill unwinds as Ctrl-C does, so that no draft of a folder stays behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    with _one_line():
-        for part in registry.registry().plugins:
-            for command in part.parts:
-                if command.kind == "command":
-                    _add(command)
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    try:
-        yield
-    except SpikeplugError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(INTERRUPTED)
-    except SystemExit as end:
-        # typer turns Ctrl-C into this status without a word.
-        if end.code == INTERRUPTED:
-            sys.stderr.write("interrupted\n")
-        raise
-    except OSError as error:
-        # Most often results that cannot be written: a full disk, a reader that went away. Python flushes once more at
-        # its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not isinstance(error, BrokenPipeError):
-            sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-
-
-_ADDED: set[registry.Part] = set()
-"""Commands of plugins that `main` has added in this process."""
-
-
-def _add(command: registry.Part) -> None:
-    """Add a plugin's command. One that cannot be imported must not take the others with it."""
-    if command in _ADDED:
-        return
-    taken = {each.name for each in app.registered_commands} | {each.name for each in app.registered_groups}
-    if command.name in taken:
-        sys.stderr.write(f"warning: command '{command.name}' of plugin '{command.plugin}' is left out: it is taken\n")
-        return
-    try:
-        registry.registry().find("command", command.name)
-        brought = command.load()
-    except PluginError as error:
-        sys.stderr.write(f"warning: {error}\n")
-        return
-    _ADDED.add(command)
-    if isinstance(brought, typer.Typer):
-        app.add_typer(brought, name=command.name)
-    else:
-        app.command(command.name)(brought)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"spikeplug {spikeplug.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None: ...
-
-
-@app.command("plugins")
-def plugins_command(
-    as_json: Json = False,
-    probe: Annotated[bool, typer.Option(help="Import everything, each plugin in a process of its own.")] = False,
-) -> None:
-    """List the installed plugins, the sound and the broken ones."""
-    found: list[dict[str, Any]] = []
-    for plugin in registry.registry().plugins:
-        broken = registry.probe(plugin) if probe else plugin.broken
-        found.append(
-            {
-                "name": plugin.name,
-                "distribution": plugin.dist,
-                "version": plugin.version,
-                "api": plugin.api,
-                "brings": {kind: [part.name for part in plugin.parts if part.kind == kind] for kind in plugin.hooks},
-                "status": f"broken: {broken}" if broken else "ok",
-                "import_ms": round(plugin.import_ms, 1),
-            }
-        )
-    if as_json:
-        print_json(found)
-    else:
-        rows = [[*map(str, list(each.values())[:4]), _brings(each["brings"]), str(each["status"])] for each in found]
-        print_table(["plugin", "distribution", "version", "api", "brings", "status"], rows)
-
-
-@app.command("ls")
-def ls_command(
-    kind: Annotated[str, typer.Argument(help="recipes, encoders, neurons, approximators, passes, trainers, ...")],
-    as_json: Json = False,
-) -> None:
-    """List the installed parts of a kind."""
-    singular = {"passes": "pass"}.get(kind, kind if kind in registry.KINDS else kind.removesuffix("s"))
-    found = registry.registry()
-    parts = [part for name in found.names(singular) for part in found.parts[singular, name]]
-    rows = [{"name": part.name, "plugin": part.plugin, "object": part.path} for part in parts]
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(["name", "plugin", "object"], [list(row.values()) for row in rows])
-
-
-@app.command("doctor")
-def doctor_command(as_json: Json = False) -> None:
-    """Look for mixtures of packages that do not work together, and say how to mend them."""
-    from spikeplug.doctor import examine
-
-    checks = examine()
-    if as_json:
-        print_json(checks)
-    else:
-        print_table(["check", "status", "what", "remedy"], [list(check.values()) for check in checks])
-    if any(check["status"] == "problem" for check in checks):
-        raise typer.Exit(1)
-
-
-@app.command("convert")
 def convert_command(
     model: Model,
     recipe: Annotated[str, typer.Option(help="Name of a recipe: `spikeplug ls recipes`.")],
@@ -220,23 +66,26 @@ def convert_command(
     if out is None:
         raise OptionError("where to write is missing: give --out FOLDER, or --dry-run to write nothing")
     check_writable(out, overwrite=force)
+    beside: dict[str, Any] = {}
     if images is not None:
-        _refuse_both("--calibrate", calibrate)
+        refuse_both("--calibrate", calibrate)
         with progress() as watch:
             spiking = vision().convert(
                 model, recipe, config, images, weights=weights, count=count, observed=observed, watch=watch
             )
-        save(spiking, out, overwrite=force)
-        found = report(spiking)
     else:
-        text = _need_file(calibrate, "--calibrate TEXT, or --images for an image network")
+        text = need_file(calibrate, "--calibrate TEXT, or --images for an image network")
         architecture = language()
         opened = architecture.open(model, dtype=dtype, device=device)
         batches = architecture.calibration(opened, text, seqlen=seqlen, tokens=calibrate_tokens, config=config)
         with progress() as watch:
             spiking = convert(opened.model, config, calibration=batches, observed=observed, inplace=True, watch=watch)
-        save(spiking, out, overwrite=force, tokenizer=opened.tokenizer)
-        found = report(spiking)
+        beside["tokenizer"] = opened.tokenizer
+    save(spiking, out, overwrite=force, **beside)
+    _say_converted(report(spiking), config, out, as_json)
+
+
+def _say_converted(found: ConversionReport, config: ConversionConfig, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({"out": str(out), "config": config.model_dump(mode="json"), "report": found.to_dict()})
     else:
@@ -257,7 +106,6 @@ def _plan(model: str, recipe: str, config: Any, images: Path | None, weights: Pa
         raise typer.Exit(1)
 
 
-@app.command("eval")
 def eval_command(
     model: Model,
     ppl: Annotated[Path | None, typer.Option(help="Language model: text file to measure perplexity on.")] = None,
@@ -279,10 +127,10 @@ def eval_command(
     from spikeplug.conversion.verbs import set_execution
 
     if images is not None:
-        _refuse_both("--ppl", ppl)
+        refuse_both("--ppl", ppl)
         _eval_images(model, images, weights, count, batch, framework, execution, device, as_json)
         return
-    ppl = _need_file(ppl, "--ppl TEXT, or --images for an image network")
+    ppl = need_file(ppl, "--ppl TEXT, or --images for an image network")
     architecture = language()
     opened = architecture.open(model, dtype=dtype, device=device)
     if execution is not None:
@@ -352,7 +200,6 @@ def _eval_images(
         typer.echo(f"           {found['assumptions']}")
 
 
-@app.command("train")
 def train_command(
     model: Annotated[str, typer.Argument(help="A folder that `spikeplug convert` wrote.")],
     text: Annotated[Path, typer.Option(help="Text file to train on.")],
@@ -376,7 +223,7 @@ def train_command(
 
     built = registry.get_trainer(trainer, **settings(setting))
     check_writable(out, overwrite=force)
-    _need_file(text, "--text TEXT")
+    need_file(text, "--text TEXT")
     if batch < 1:
         raise OptionError(f"--batch {batch}: at least 1 is needed")
     kept = checkpoint or out.with_name(f"{out.name}.checkpoint")
@@ -397,7 +244,6 @@ def train_command(
         typer.echo(f"wrote {out}")
 
 
-@app.command("export")
 def export_command(
     model: Annotated[str, typer.Argument(help="A folder that `spikeplug convert` wrote.")],
     to: Annotated[str, typer.Option(help="Name of an exporter: `spikeplug ls exporters`.")],
@@ -442,95 +288,3 @@ def export_command(
 
 def _short(value: object) -> str:
     return "-" if value is None else f"{value:.2%}" if isinstance(value, float) else str(value)
-
-
-def settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Options from `key=value` words: a value is JSON where it is, else text; lists may be written with commas.
-
-    Raises:
-        OptionError: a word has no `=`.
-    """
-    from spikeplug.config import ConversionConfig
-
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise OptionError(f"'-s {pair}': write it as -s key=value")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        listed = key in ("include", "exclude", "passes") and key in ConversionConfig.model_fields
-        found[key] = text.split(",") if listed and isinstance(value, str) else value
-    return found
-
-
-def language() -> LanguageArchitecture:
-    """The architecture that opens language models.
-
-    Raises:
-        UnknownNameError: its plugin is not installed.
-    """
-    from spikeplug.architecture import LanguageArchitecture
-
-    architecture = registry.get_class("architecture", "transformers")()
-    if not isinstance(architecture, LanguageArchitecture):
-        raise ConversionError(f"architecture 'transformers' is a {type(architecture).__name__}, not a language one")
-    return architecture
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on stderr, and the function `watch(stage, done, of)` that moves it. No bar where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda stage, done, of: bar.update(task, description=stage, completed=done, total=of)
-
-
-def vision() -> Any:
-    """What opens image networks. Raises UnknownNameError when its plugin is not installed."""
-    return registry.get_class("architecture", "vision")()
-
-
-def _need_file(path: Path | None, wanted: str) -> Path:
-    """Refuse a missing text before a model is loaded for it."""
-    if path is None:
-        raise OptionError(f"what to work on is missing: give {wanted}")
-    if not path.is_file():
-        raise OptionError(f"cannot read the text {path}: {'it is no file' if path.exists() else 'it does not exist'}")
-    return path
-
-
-def _refuse_both(option: str, given: object) -> None:
-    if given is not None:
-        raise OptionError(f"{option} is for language models, --images for image networks: give one of them")
-
-
-def _brings(parts: dict[str, list[str]]) -> str:
-    def listed(names: list[str]) -> str:
-        return ", ".join(names) if len(names) <= 24 else f"{len(names)} of them"
-
-    return "; ".join(f"{kind}: {listed(names)}" for kind, names in parts.items())
-
-
-def print_json(data: object) -> None:
-    """Print what a command found on stdout."""
-    typer.echo(json.dumps(data, indent=2))
-
-
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    # Without a terminal, rich would cut the columns to 80.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
