@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -13,46 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, indexed
+from spikeplug.padding import without_padding
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 
 Execution = Literal["fused", "stepped"]
 Receiver = Callable[[CodeParams, Iterator[Tensor]], Tensor]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
-
-
-_REAL: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("spikeplug_real_positions", default=None)
-
-
-@contextlib.contextmanager
-def real_positions(mask: Tensor | None) -> Iterator[None]:
-    """Inside, padded positions of sequences are neither observed nor counted.
-
-    Args:
-        mask: `[B, S]`, not 0 where a position is no padding; None: there is none.
-    """
-    before = _REAL.set(None if mask is None or bool(mask.bool().all()) else mask.bool())
-    try:
-        yield
-    finally:
-        _REAL.reset(before)
-
-
-def without_padding(x: Tensor, sequence: int | None = -2) -> Tensor:
-    """An activation without its padded positions, as one long sample: `[B, S, F]` to `[1, N, F]`.
-
-    Args:
-        sequence: the dimension of positions, counted from the end; None: it has none.
-    """
-    mask = _REAL.get()
-    if mask is None or sequence is None or not 1 <= x.ndim + sequence < x.ndim or len(x) != len(mask):
-        return x
-    length = x.shape[sequence]
-    if length > mask.shape[1]:
-        return x
-    # The last positions of the mask are those of this call; earlier ones lie in a cache.
-    kept = mask[:, mask.shape[1] - length :].to(x.device)
-    return x.movedim(sequence, 1)[kept].unsqueeze(0).movedim(1, sequence)
 
 
 class SpikeCount:

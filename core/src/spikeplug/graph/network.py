@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikeplug.errors import ConversionError, OptionError
-from spikeplug.site import passing, real_positions
+from spikeplug.padding import real_positions
+from spikeplug.site import passing
 
 from .capture import Captured
 from .draft import Draft

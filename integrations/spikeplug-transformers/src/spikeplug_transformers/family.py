@@ -17,7 +17,8 @@ from spikeplug.errors import ConversionError, listed
 from spikeplug.graph.operations import labels_of
 from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
 from spikeplug.nonlinear import approximate, within
-from spikeplug.site import Coder, Site, real_positions
+from spikeplug.padding import real_positions
+from spikeplug.site import Coder, Site
 
 from . import FAMILY
 from .attention import DEFERRED, OPERANDS, Softmax, refuse_other_attention
