@@ -151,6 +151,8 @@ def written(rows: dict[str, dict[str, Any]], target: Path) -> None:
             chosen = {name: row for name, row in asked.items() if name.startswith(library)}
             if chosen:
                 lines += _table(library, recipe, chosen)
+                missing = [name for name in names_of(library) if name not in chosen]
+                lines += [f"Not measured yet: {len(missing)} networks.", ""] if missing else []
     target.write_text("\n".join(lines) + "\n")
 
 
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["bse", "css"])
     parser.add_argument("--limit", type=float, default=600, help="seconds for a network")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--store", type=Path, default=Path("coverage.jsonl"))
+    parser.add_argument("--store", type=Path, default=Path("docs/results/coverage.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/coverage.md"))
     parser.add_argument("--again", action="store_true", help="measure anew what failed")
     parser.add_argument("--one", nargs=2, metavar=("NETWORK", "RECIPE"), help=argparse.SUPPRESS)
