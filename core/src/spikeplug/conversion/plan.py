@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -222,7 +221,12 @@ def _check_patterns(draft: Draft, config: ConversionConfig) -> None:
 def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
     """Multiply-accumulates of every weighted operation and product, and elements of the others, for one sample."""
     samples = draft.captured.samples
+    # What is computed from inputs without samples is computed once for all of them, and whole for one.
+    inputs = [node for node in draft.graph.nodes if node.op == "placeholder"]
+    of_samples = {node for node in inputs if draft.captured.batch in node.meta["dims"]}
     for node in draft.graph.nodes:
+        if any(each in of_samples for each in node.all_input_nodes):
+            of_samples.add(node)
         kind, shape = draft.kinds[node].kind, node.meta["shape"]
         if (shape is None and kind != "recurrent") or kind in ("input", "output", "size"):
             continue
@@ -240,9 +244,7 @@ def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
             matrices = [draft.tensor(each) for each in node.all_input_nodes]
             rows = math.prod(node.args[0].meta["shape"][:-1])
             per = rows * sum(each.numel() for each in matrices if each is not None and each.ndim == 2)
-        # What is computed from inputs without samples is computed once for all, and whole for one.
-        shared = not any(re.search(rf"\b{draft.captured.batch}\b", size) for size in node.meta["dims"] or ())
-        parts = 1 if shared and not draft.captured.batch.isdigit() and kind != "recurrent" else samples
+        parts = samples if node in of_samples else 1
         yield node, (per // parts, elements // parts)
 
 
