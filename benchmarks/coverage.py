@@ -45,6 +45,7 @@ def one(name: str, recipe: str) -> dict[str, Any]:
     import torch
 
     import spikeplug
+    from spikeplug.graph.structure import leaves
 
     torch.manual_seed(0)
     net = _built(name).eval()
@@ -60,8 +61,8 @@ def one(name: str, recipe: str) -> dict[str, Any]:
         spiking = spikeplug.convert(net, recipe, calibration=[x])
         found["seconds"] = time.perf_counter() - start
         result = spiking(x)
-        unchanged = torch.equal(_first(net(x)), _first(dense))
-    one, other = _first(dense), _first(result)
+        unchanged = torch.equal(leaves(net(x))[0], leaves(dense)[0])
+    one, other = leaves(dense)[0], leaves(result)[0]
     report = spikeplug.report(spiking)
     return {
         **found,
@@ -99,14 +100,6 @@ def _smallest(net: Any) -> int:
         else:
             return size
     raise ValueError(f"no image size fits: {said}")
-
-
-def _first(result: Any) -> Any:
-    import torch
-
-    if isinstance(result, torch.Tensor):
-        return result
-    return _first(next(iter(result.values())) if isinstance(result, dict) else result[0])
 
 
 def measure(name: str, recipe: str, limit: float) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def test_unknown_exclude_says_the_nearest(build, ids):
 
 
 def test_passes_at_the_second_door_are_refused(dense_folder):
-    config = SpikeConfig("bse", passes=["fold-bn"])
+    config = SpikeConfig("bse", passes=["rotate"])
     with pytest.raises(ConversionError, match="need the weights"):
         AutoModelForCausalLM.from_pretrained(dense_folder, quantization_config=config)
 

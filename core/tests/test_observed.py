@@ -68,9 +68,8 @@ def other_statistics():
         (other_statistics(), data(), {}, "another model"),
         (build(), data(1), {}, "other calibration data"),
         (build(), data() * 2, {}, "other calibration data"),
-        (build(), data(), {"passes": ["fold-bn"]}, "the passes"),
     ],
-    ids=["weights", "shape", "buffers", "data", "more data", "passes"],
+    ids=["weights", "shape", "buffers", "data", "more data"],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, model, batches, options, message):
     file = tmp_path / "seen"

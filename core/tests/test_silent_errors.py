@@ -32,7 +32,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def near(net, *given, recipe="rate", limit=0.01, calibration=None, **named):
+def assert_near(net, *given, recipe="rate", limit=0.01, calibration=None, **named):
     with torch.no_grad():
         dense = net(*given, **named)
         batch = calibration if calibration is not None else (dict(named) if named else given)
@@ -52,7 +52,7 @@ def test_a_branch_on_sizes_holds_for_sizes_that_take_it():
         return self.b(h).mean((2, 3)) * (2 if x.shape[0] > 100 else 1)
 
     net = module(forward, a=nn.Conv2d(3, 8, 3, padding=1), b=nn.Conv2d(8, 4, 3, padding=1))
-    spiking = near(net, torch.rand(2, 3, 16, 16))
+    spiking = assert_near(net, torch.rand(2, 3, 16, 16))
     with torch.no_grad():
         for shape in ((1, 3, 16, 16), (5, 3, 20, 14)):
             x = torch.rand(shape)
@@ -67,7 +67,7 @@ def test_a_branch_on_sizes_holds_for_sizes_that_take_it():
 @pytest.mark.parametrize("squeezed", [lambda h: h.squeeze(), lambda h: h.squeeze(0), lambda h: h.squeeze((0, 2))])
 def test_a_squeeze_that_would_leave_out_the_samples_is_refused(squeezed):
     net = module(lambda self, x: squeezed(self.a(x)), a=nn.Linear(3, 2))
-    spiking = near(net, torch.rand(2, 4, 3))
+    spiking = assert_near(net, torch.rand(2, 4, 3))
     spiking(torch.rand(3, 4, 3))
     with pytest.raises(OptionError, match="is not 1, which squeeze"):
         spiking(torch.rand(1, 4, 3))
@@ -75,7 +75,7 @@ def test_a_squeeze_that_would_leave_out_the_samples_is_refused(squeezed):
 
 def test_a_condition_with_an_unknown_function_holds_for_the_sizes_of_the_example():
     net = module(lambda self, x: self.a(x if x.shape[1] ** 0.5 < 3 else -x), a=nn.Linear(3, 2))
-    spiking = near(net, torch.rand(2, 4, 3))
+    spiking = assert_near(net, torch.rand(2, 4, 3))
     with pytest.raises(OptionError, match="branches on sizes"):
         spiking(torch.rand(2, 16, 3))
 
@@ -98,7 +98,7 @@ def test_what_has_no_samples_is_counted_whole():
 
 def test_guards_are_saved(tmp_path):
     net = module(lambda self, x: self.a(x if x.shape[-2] > 4 else -x), a=nn.Linear(3, 2))
-    spikeplug.save(near(net, torch.rand(2, 6, 3)), tmp_path / "net")
+    spikeplug.save(assert_near(net, torch.rand(2, 6, 3)), tmp_path / "net")
     loaded = spikeplug.load(tmp_path / "net")
     loaded(torch.rand(2, 5, 3))
     with pytest.raises(OptionError, match="branches on sizes"):
@@ -165,7 +165,7 @@ def test_padding_with_a_value_is_added_once(flowing):
         net = module(
             lambda self, x, pad=pad: self.b(pad(torch.relu(self.a(x)))), a=nn.Linear(8, 14), b=nn.Linear(16, 5)
         )
-        near(net, torch.rand(16, 8), recipe="flowing", limit=0.05)
+        assert_near(net, torch.rand(16, 8), recipe="flowing", limit=0.05)
 
 
 @torch.no_grad()
@@ -178,13 +178,13 @@ def test_constants_join_trains_as_values(recipe, flowing):
 
     net = module(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 4))
     net.token, net.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 6, 4))
-    near(net, torch.rand(4, 5, 8), recipe=recipe, limit=0.02)
+    assert_near(net, torch.rand(4, 5, 8), recipe=recipe, limit=0.02)
 
 
 def test_inputs_by_name_in_any_order():
     net = module(lambda self, x, y: self.a(x - 2 * y), a=nn.Linear(8, 4))
     x, y = torch.rand(16, 8), torch.rand(16, 8)
-    spiking = near(net, y=y, x=x)
+    spiking = assert_near(net, y=y, x=x)
     with torch.no_grad():
         assert torch.equal(spiking(x, y), spiking(y=y, x=x))
         assert torch.equal(spiking(x, y=y), spiking(y=y, x=x))
@@ -192,9 +192,17 @@ def test_inputs_by_name_in_any_order():
         spiking(x, x=y)
 
 
+def test_a_misfit_within_a_nest_is_named():
+    net = module(lambda self, x, pair: self.a(x + pair[0]) + pair[1], a=nn.Linear(8, 4))
+    given = torch.rand(4, 8), [torch.rand(4, 8), torch.rand(4, 4)]
+    spiking = spikeplug.convert(net, "rate", calibration=[given])
+    with pytest.raises(OptionError, match=r"input 'pair\[1\]' of Net has shape \[4, 3\], \[B, 4\] is needed"):
+        spiking(given[0], [given[1][0], torch.rand(4, 3)])
+
+
 def test_further_inputs():
     net = module(lambda self, *xs: self.a(sum(xs)), a=nn.Linear(8, 4))
-    near(net, torch.rand(4, 8), torch.rand(4, 8))
+    assert_near(net, torch.rand(4, 8), torch.rand(4, 8))
 
 
 def test_layers_on_whole_numbers_are_coded_and_counted():
@@ -203,15 +211,15 @@ def test_layers_on_whole_numbers_are_coded_and_counted():
         return self.b(torch.relu(self.a(x) + self.u(F.silu(self.t(e)))))
 
     net = module(forward, a=nn.Linear(8, 16), b=nn.Linear(16, 4), t=nn.Linear(16, 32), u=nn.Linear(32, 16))
-    spiking = near(net, torch.rand(16, 8), torch.randint(0, 50, (16,)))
+    spiking = assert_near(net, torch.rand(16, 8), torch.randint(0, 50, (16,)))
     assert sum(op.macs for op in spikeplug.report(spiking).ops if op.role == "spiking") == 128 + 64 + 512 + 512
-    near(module(lambda self, i: self.a(F.one_hot(i, 6).float()), a=nn.Linear(6, 3)), torch.arange(6))
-    near(module(lambda self, x: self.a(x.float() / 255), a=nn.Linear(6, 3)), torch.randint(0, 256, (9, 6)))
+    assert_near(module(lambda self, i: self.a(F.one_hot(i, 6).float()), a=nn.Linear(6, 3)), torch.arange(6))
+    assert_near(module(lambda self, x: self.a(x.float() / 255), a=nn.Linear(6, 3)), torch.randint(0, 256, (9, 6)))
 
 
 def test_results_keep_their_form(tmp_path):
     pair = collections.namedtuple("pair", "logits features")
-    named = near(module(lambda self, x: pair(self.a(x), x * 2), a=nn.Linear(8, 4)), torch.rand(3, 8))
+    named = assert_near(module(lambda self, x: pair(self.a(x), x * 2), a=nn.Linear(8, 4)), torch.rand(3, 8))
     x = torch.rand(3, 8)
     logits, features = named(x)
     assert torch.equal(named(x).logits, logits)
@@ -238,7 +246,7 @@ def test_views_of_weights_are_saved(tmp_path):
         (tied_net, torch.rand(9, 8)),
         (module(crossed, m=nn.MultiheadAttention(8, 2, batch_first=True)), torch.rand(3, 5, 8)),
     ]):  # fmt: skip
-        spiking = near(net, x, limit=0.05)
+        spiking = assert_near(net, x, limit=0.05)
         spikeplug.save(spiking, tmp_path / f"{index}")
         assert torch.equal(spikeplug.load(tmp_path / f"{index}")(x), spiking(x))
 
@@ -258,7 +266,7 @@ EINSUMS = {
 @pytest.mark.parametrize("name", EINSUMS)
 def test_einsum(name):
     forward, shape = EINSUMS[name]
-    spiking = near(module(forward, a=nn.Linear(8, 8), b=nn.Linear(5, 3)), torch.rand(shape), limit=0.03)
+    spiking = assert_near(module(forward, a=nn.Linear(8, 8), b=nn.Linear(5, 3)), torch.rand(shape), limit=0.03)
     assert spikeplug.report(spiking).share("dense") == 0
 
 
@@ -272,7 +280,7 @@ def test_spikes_are_counted_with_gradients():
 
 @torch.no_grad()
 def test_odd_shapes_and_dtypes():
-    near(
+    assert_near(
         module(lambda self, x: (h := torch.relu(self.a(x))) @ h.mean(0), a=nn.Linear(8, 4)),
         torch.rand(9, 8),
         limit=0.03,
@@ -296,7 +304,7 @@ def test_a_row_that_is_masked_whole():
     net = module(forward, a=nn.Linear(8, 8))
     mask = torch.ones(2, 5, 5, dtype=torch.bool)
     mask[0, 0] = False
-    near(net, torch.rand(2, 5, 8), mask, limit=0.05)
+    assert_near(net, torch.rand(2, 5, 8), mask, limit=0.05)
 
 
 def forged(folder, change):

@@ -29,11 +29,6 @@ def spikeplug_operations() -> dict[str, str]:
 
 
 @hookimpl
-def spikeplug_passes() -> dict[str, str]:
-    return {"fold-bn": "spikeplug.conversion.networks:FoldBatchNorm"}
-
-
-@hookimpl
 def spikeplug_recipes() -> dict[str, str]:
     return {"rate": "spikeplug.rate:RECIPE"}
 

@@ -54,7 +54,7 @@ class _Sums:
 
 
 def diagnose(model: nn.Module, batches: Iterable[Any]) -> list[Diagnosis]:
-    """Run batches through a traced and converted network and its dense twin, and compare every site.
+    """Run batches through a converted network and its dense counterpart, and compare every site.
 
     Errors of earlier layers are in those of later ones. Makes every spike; meant for some batches, not for a test set.
 

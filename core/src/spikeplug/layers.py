@@ -36,7 +36,7 @@ class SpikingLayer(nn.Module):
 
     def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's linear map with the given parameters."""
-        raise NotImplementedError
+        return mapped(self, s, weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same signature and result shape as the dense layer's."""
@@ -68,9 +68,6 @@ class SpikingLayer(nn.Module):
 class SpikingLinear(SpikingLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` on spikes."""
 
-    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(s, weight, bias)
-
 
 class CodedEmbedding(nn.Embedding):
     """`nn.Embedding` whose output is coded."""
@@ -83,8 +80,10 @@ class CodedEmbedding(nn.Embedding):
         return coded
 
 
-def convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The map of a convolution, transposed or not, with the given parameters."""
+def mapped(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The map of a linear layer or of a convolution, transposed or not, with the given parameters."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
     if layer.transposed:
         given = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
@@ -93,32 +92,27 @@ def convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return y
 
 
-class _SpikingConv(SpikingLayer):
-    def synapse(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolved(self, s, weight, bias)
-
-
-class SpikingConv1d(_SpikingConv, nn.Conv1d):
+class SpikingConv1d(SpikingLayer, nn.Conv1d):
     """`nn.Conv1d` on spikes. Padding is the value 0: no spike and no offset."""
 
 
-class SpikingConv2d(_SpikingConv, nn.Conv2d):
+class SpikingConv2d(SpikingLayer, nn.Conv2d):
     """`nn.Conv2d` on spikes. Padding is the value 0: no spike and no offset."""
 
 
-class SpikingConv3d(_SpikingConv, nn.Conv3d):
+class SpikingConv3d(SpikingLayer, nn.Conv3d):
     """`nn.Conv3d` on spikes. Padding is the value 0: no spike and no offset."""
 
 
-class SpikingConvTranspose1d(_SpikingConv, nn.ConvTranspose1d):  # type: ignore[misc]
+class SpikingConvTranspose1d(SpikingLayer, nn.ConvTranspose1d):  # type: ignore[misc]
     """`nn.ConvTranspose1d` on spikes."""
 
 
-class SpikingConvTranspose2d(_SpikingConv, nn.ConvTranspose2d):  # type: ignore[misc]
+class SpikingConvTranspose2d(SpikingLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """`nn.ConvTranspose2d` on spikes."""
 
 
-class SpikingConvTranspose3d(_SpikingConv, nn.ConvTranspose3d):  # type: ignore[misc]
+class SpikingConvTranspose3d(SpikingLayer, nn.ConvTranspose3d):  # type: ignore[misc]
     """`nn.ConvTranspose3d` on spikes."""
 
 
@@ -140,7 +134,7 @@ def channels_of(layer: Any) -> tuple[int, ...]:
 
 
 def make_spiking(layer: nn.Module, site: Site, owner: bool = True) -> None:
-    """Turn a dense weighted layer into its spiking twin, in place: parameters, hooks and name stay.
+    """Turn a dense weighted layer into the same layer on spikes, in place: parameters, hooks and name stay.
 
     Raises:
         ConversionError: the layer is not one of `SPIKING`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
@@ -56,12 +56,8 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
     Raises:
         OptionError: the configuration names an operation that the model does not have, or one that has no form.
     """
+    _check_names(config, ops.values())
     approximators = config.build_approximators()
-    for op in config.approximators:
-        if op != "*" and op not in ops.values():
-            raise OptionError(
-                f"approximators: no operation '{op}'{nearest(op, ops.values())} Here: {listed(ops.values())}"
-            )
     replaced = {}
     for name, op in ops.items():
         if config.excludes(name, *labels_of(op)):
@@ -72,6 +68,13 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
             model.set_submodule(name, new)
             replaced[name] = op
     return replaced
+
+
+def _check_names(config: ConversionConfig, known: Collection[str]) -> None:
+    """Raise OptionError where the configuration names an operation that a model does not have."""
+    for op in config.approximators:
+        if op != "*" and op not in known:
+            raise OptionError(f"approximators: no operation '{op}'{nearest(op, known)} Here: {listed(known)}")
 
 
 class Operation(nn.Module):
@@ -128,10 +131,7 @@ def approximate_graph(draft: Draft, activations: bool) -> dict[str, str]:
     """
     config = draft.config
     ops = {node: _op(draft, node, activations) for node in draft.graph.nodes}
-    known = [op for op in ops.values() if op]
-    for op in config.approximators:
-        if op != "*" and op not in known:
-            raise OptionError(f"approximators: no operation '{op}'{nearest(op, known)} Here: {listed(known)}")
+    _check_names(config, [op for op in ops.values() if op])
     approximators = config.build_approximators()
     replaced = {}
     for node, op in ops.items():

@@ -282,7 +282,7 @@ def get_approximator(name: str, **options: Any) -> Any:
 
 
 def get_pass(name: str, **options: Any) -> Any:
-    """A built pass: `get_pass("fold-bn")`. Raises as `get_encoder`."""
+    """A built pass: `get_pass("rotate")`. Raises as `get_encoder`."""
     return _instance("pass", name, options)
 
 

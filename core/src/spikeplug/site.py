@@ -354,6 +354,19 @@ def sites(model: nn.Module) -> dict[str, Coder]:
 
 
 @contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Inside, every module is in evaluation mode; what was in training is in training again behind it."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
 def passing(model: nn.Module) -> Iterator[None]:
     """Inside, everything that codes gives back what comes in, as the dense network would."""
     coders = [module for module in model.modules() if isinstance(module, Coder)]

@@ -23,7 +23,7 @@ from spikeplug.graph.network import samples_of
 from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.site import Coder, Site
 
-from .networks import WEIGHTS, as_call
+from .networks import WEIGHTS, as_call, fill_sites
 from .record import Conversion, conversion_of
 from .sharing import own, shared_copy
 
@@ -113,10 +113,7 @@ class Layers(Architecture):
 def _restore(model: nn.Module, folder: Path) -> None:
     """Read weights and parameters of sites. Raises BundleError: they are those of another network or dtype."""
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    for path, module in model.named_modules():
-        params = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-        if isinstance(module, Coder) and params:
-            module.set_params(params)
+    fill_sites(model, tensors)
     name = type(model).__name__
     for path, tensor in list(model.state_dict().items()):
         if path in tensors and tensors[path].dtype != tensor.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -26,20 +25,6 @@ from .sharing import shared_copy
 
 WEIGHTS = "model.safetensors"
 GRAPH = "graph.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class FoldBatchNorm:
-    """Batch norms merged into the layers beside them. Planning does that with every network: this adds nothing."""
-
-    name: ClassVar[str] = "fold-bn"
-
-    def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> list[str]:
-        """Nothing: planning folds."""
-        return []
-
-    def skeleton(self, model: nn.Module) -> None:
-        """Nothing."""
 
 
 class Networks(Architecture):
@@ -110,7 +95,7 @@ class Networks(Architecture):
             tensors = {str(name): state[place] for name, place in described["stored"].items()}
             captured = of_json(described["graph"], tensors)
             model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
-            _fill(model, state, config)
+            _fill(model, state)
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise BundleError(f"{folder} does not hold what its configuration needs: {error}") from None
         model.conversion.origin = dict(described.get("origin", {}))
@@ -151,12 +136,18 @@ def _aliases(file: Path) -> dict[str, str]:
         return dict(tensors.metadata() or {})
 
 
-def _fill(model: SpikingGraph, state: Mapping[str, Tensor], config: ConversionConfig) -> None:
-    """Give a network that was built anew the parameters of its sites, and all else that was saved."""
+def fill_sites(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give sites the parameters of their codes that a state dict holds."""
     for path, module in model.named_modules():
-        own = {key.removeprefix(f"{path}."): value for key, value in state.items() if key.startswith(f"{path}.")}
-        if isinstance(module, Coder) and own:
-            module.set_params(own)
+        if isinstance(module, Coder):
+            own = {key.removeprefix(f"{path}."): value for key, value in state.items() if key.startswith(f"{path}.")}
+            if own:
+                module.set_params(own)
+
+
+def _fill(model: SpikingGraph, state: Mapping[str, Tensor]) -> None:
+    """Give a network that was built anew the parameters of its sites, and all else that was saved."""
+    fill_sites(model, state)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in state]
     if missing or set(state) - set(wanted):

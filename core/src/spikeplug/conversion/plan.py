@@ -14,7 +14,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, NonFiniteError, OptionError
 from spikeplug.graph.capture import Captured, capture, operands, unwrapped
-from spikeplug.graph.draft import Draft
+from spikeplug.graph.draft import STRUCTURAL, Draft
 from spikeplug.graph.folding import fold
 from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.operations import Kind, kinds
@@ -28,7 +28,7 @@ from spikeplug.nonlinear import approximate_graph
 from .record import Conversion
 
 ON_POTENTIAL = "computed on the accumulated input of the neurons behind it"
-HIDDEN = ("input", "output", "size", "value")
+HIDDEN = (*STRUCTURAL, "value")
 """Kinds of nodes that no report lists."""
 
 
@@ -109,7 +109,6 @@ def plan_network(model: nn.Module, config: ConversionConfig, args: tuple[Any, ..
         OptionError: it does not take such inputs, or the configuration names what is not there.
     """
     model = unwrapped(model)
-    refuse_nonfinite(model)
     captured = capture(model, args, kwargs)
     folded = {**fold(captured), **_removed(captured, model)}
     problems = tuple(_problems(captured, model, config))
@@ -205,7 +204,7 @@ def _check_patterns(draft: Draft, config: ConversionConfig) -> None:
     words: dict[str, tuple[str, ...]] = {"": ("image", "value", "sum", "relu", "clip")} if flows else {}
     for node in draft.graph.nodes:
         kind = draft.kinds[node]
-        if kind.kind in ("input", "output", "size"):
+        if kind.kind in STRUCTURAL:
             continue
         words[draft.path(node)] = draft.labels(node)
         if flows and kind.kind == "activation":
@@ -228,7 +227,7 @@ def _counted(draft: Draft) -> Iterator[tuple[fx.Node, tuple[int, int]]]:
         if any(each in of_samples for each in node.all_input_nodes):
             of_samples.add(node)
         kind, shape = draft.kinds[node].kind, node.meta["shape"]
-        if (shape is None and kind != "recurrent") or kind in ("input", "output", "size"):
+        if (shape is None and kind != "recurrent") or kind in STRUCTURAL:
             continue
         elements = math.prod(shape or ())
         per = 0

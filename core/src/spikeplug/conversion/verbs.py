@@ -20,7 +20,7 @@ from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.streaming import FlowSite
 from spikeplug.observed import load_observed, save_observed
-from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, sites
+from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, evaluating, sites
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
 
@@ -97,14 +97,13 @@ def convert(
         ConversionError: the model cannot be converted; the message names every part that stands against it.
     """
     config = ConversionConfig.resolve(recipe, options)
-    _refuse_converted(model)
+    _require_dense(model)
     architecture = _chosen(model, config)
     refuse_target(recipe, architecture)
     _refuse_unfit(calibration, config)
     batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or observed is not None)
     if example is None and batches is not None:
         example = batches.first()
-    refuse_nonfinite(model)
     given = list(batches) if batches is not None and batches.kept else [] if example is None else [example]
     spiking = architecture.prepare(model, config, given, inplace=inplace)
     if batches is not None:
@@ -161,7 +160,7 @@ def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any
         ConversionError: the network cannot be captured, or is no network that is captured.
     """
     config = ConversionConfig.resolve(recipe, options)
-    _refuse_converted(model)
+    _require_dense(model)
     architecture = architecture_of(model)
     refuse_target(recipe, architecture)
     if not hasattr(architecture, "plan"):
@@ -170,9 +169,11 @@ def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any
     return found
 
 
-def _refuse_converted(model: nn.Module) -> None:
+def _require_dense(model: nn.Module) -> None:
+    """Raises ConversionError where a model is converted already, NonFiniteError where it is damaged."""
     if isinstance(getattr(model, "conversion", None), Conversion):
         raise ConversionError(f"{type(model).__name__} is a converted model already: convert a dense one")
+    refuse_nonfinite(model)
 
 
 def _seen(
@@ -202,6 +203,7 @@ def prepare(model: nn.Module, config: ConversionConfig, batches: Sequence[Any] =
     Args:
         batches: calibration data, for passes that look for something in it, the first as the example.
     """
+    _require_dense(model)
     return _chosen(model, config).prepare(model, config, batches)
 
 
@@ -252,19 +254,15 @@ def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatche
     config, architecture = conversion_of(model).config, architecture_of(model)
     _fit_domains(model)
     observing = {name: site for name, site in sites(model).items() if site.static and site.observes}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     for seed, site in enumerate(observing.values()):
         site.observer = Observer(site.channels, config.samples, seed)
     try:
-        with torch.no_grad(), architecture.observing(model):
+        with torch.no_grad(), evaluating(model), architecture.observing(model):
             for index, batch in enumerate(batches):
                 watch("calibrating", index, (len(batches) or None) if isinstance(batches, Sized) else None)
                 architecture.feed(model, batch)
         return {name: _stats(site) for name, site in observing.items()}
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for site in observing.values():
             site.observer = None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.structure import leaves
 from spikeplug.layers import SpikingLayer
-from spikeplug.site import Site, sites
+from spikeplug.site import Site, evaluating, sites
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest difference of a result, over its largest value, by dtype: folded norms are rounded otherwise."""
@@ -36,22 +35,10 @@ def verify_conversion(
         ConversionError: they differ; the message names the first operation at which they part.
     """
     approximated = any(op.role == "approximated" for op in spiking.conversion.report.ops)  # type: ignore[union-attr]
-    with torch.no_grad(), _evaluating(dense, spiking):
+    with torch.no_grad(), evaluating(dense, spiking):
         if not (changed or approximated):
             _compare_outputs(unwrapped(dense), spiking, first_samples(spiking, example), architecture)
         _compare_layers(spiking, first_samples(spiking, example, 1), architecture)
-
-
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:

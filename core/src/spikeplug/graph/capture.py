@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from spikeplug.errors import ConversionError, OptionError
+from spikeplug.site import evaluating
 
 from .guards import Guard, guards_of, squeezing
 from .structure import Signature, Structure
@@ -66,6 +67,12 @@ class Captured:
         """Its inputs, in the order of the signature."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
+    def drop_unread(self) -> None:
+        """Leave out operations and tensors that nothing reads any more."""
+        self.graph.eliminate_dead_code()
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if name in used}
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside `DataParallel`, `torch.compile` and the like.
@@ -102,7 +109,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         key: kwargs[key] for key in dict.fromkeys([*(name for name, _ in signature.given), *kwargs]) if key in kwargs
     }
     args, kwargs = _at_least_two(args), _at_least_two(kwargs)
-    with _evaluating(model):
+    with _written_out(model):
         program = _exported(model, name, args, kwargs)
     captured = _read(model, name, program, signature)
     normalize(captured)
@@ -132,20 +139,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _written_out(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, and attention written out: its fast path is one operation of no known role."""
-    modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad(), _quiet():
+        with evaluating(model), torch.no_grad(), _quiet():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _refuse_unfit(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -35,9 +35,7 @@ def fold(captured: Captured) -> dict[str, str]:
             continue
         folded[node.meta["path"]] = node.meta["type"]
         captured.graph.erase_node(node)
-    captured.graph.eliminate_dead_code()
-    used = {str(node.target) for node in captured.graph.nodes if node.op == "get_attr"}
-    captured.tensors = {name: tensor for name, tensor in captured.tensors.items() if name in used}
+    captured.drop_unread()
     return folded
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -52,6 +52,11 @@ class Guard:
 
     said: str
     expression: Expression
+
+    @property
+    def sizes(self) -> set[str]:
+        """Names of the sizes that it is about."""
+        return set(_names(self.expression))
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether it is true of sizes by their names."""
@@ -142,6 +147,14 @@ def _value(expression: Expression, sizes: Mapping[str, int]) -> Any:
         return sizes[expression]
     name, *parts = expression
     return KNOWN[name](*(_value(part, sizes) for part in parts))
+
+
+def _names(expression: Expression) -> Iterator[str]:
+    if isinstance(expression, str):
+        yield expression
+    elif isinstance(expression, tuple):
+        for part in expression[1:]:
+            yield from _names(part)
 
 
 def _listed(expression: Expression) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +56,14 @@ class SpikingGraph(nn.Module):
         self.captured = Captured(**{**vars(draft.captured), "tensors": {}})
         self.kinds: dict[str, Kind] = {node.name: draft.kinds[node] for node in draft.graph.nodes}
         self._fitting: set[tuple[torch.Size, ...]] = set()
-        self._shapes = [(node.meta["dims"], node.meta["shape"]) for node in self.captured.inputs]
+        names = self.captured.signature.names()
+        self._inputs = [
+            (name, node.meta["dims"], node.meta["shape"])
+            for name, node in zip(names, self.captured.inputs, strict=True)
+        ]
         ends = next(node for node in draft.captured.graph.nodes if node.op == "output").args[0]
         first = [node.meta["dims"][:1] for node in ends if isinstance(node, fx.Node)]
-        by_sample = [dims[:1] for dims, _ in self._shapes] + first
+        by_sample = [dims[:1] for _, dims, _ in self._inputs] + first
         alone = all(dims == (self.captured.batch,) for dims in by_sample) and len(first) == len(ends)
         self._splits = alone and draft.by_sample
 
@@ -68,8 +71,7 @@ class SpikingGraph(nn.Module):
     def any_samples(self) -> bool:
         """Whether it takes any number of samples."""
         size = self.captured.batch
-        asked = any(re.search(rf"\b{size}\b", guard.said) for guard in self.captured.guards)
-        return not size.isdigit() and not asked
+        return not size.isdigit() and not any(size in guard.sizes for guard in self.captured.guards)
 
     @property
     def program(self) -> fx.GraphModule:
@@ -83,9 +85,7 @@ class SpikingGraph(nn.Module):
             OptionError: it is called otherwise than in the example that it was converted with.
         """
         inputs = self.captured.signature.tensors(args, kwargs)
-        for x, (name, _), (dims, shape) in zip(
-            inputs, itertools.cycle(self.captured.signature.given), self._shapes, strict=False
-        ):
+        for x, (name, dims, shape) in zip(inputs, self._inputs, strict=True):
             if x.ndim != len(dims) or any(size.isdigit() and int(size) != x.shape[d] for d, size in enumerate(dims)):
                 raise OptionError(self._misfit(name, x, dims, shape))
         self._check_sizes(inputs)
@@ -99,19 +99,18 @@ class SpikingGraph(nn.Module):
         given = tuple(x.shape for x in inputs)
         if given in self._fitting:
             return
+        shapes = ", ".join(str(list(shape)) for shape in given)
         sizes: dict[str, int] = {}
-        for x, (dims, _) in zip(inputs, self._shapes, strict=True):
+        for x, (_, dims, _) in zip(inputs, self._inputs, strict=True):
             for name, size in zip(dims, x.shape, strict=True):
                 if sizes.setdefault(name, size) != size:
-                    shapes = ", ".join(str(list(shape)) for shape in given)
                     raise OptionError(
                         f"{self.captured.name} was converted with inputs of which two sizes are the same; in inputs of "
                         f"shape {shapes} they are {sizes[name]} and {size}"
                     )
         for guard in self.captured.guards:
             if not guard.holds(sizes):
-                shapes = ", ".join(str(list(shape)) for shape in given)
-                named = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in guard.said)
+                named = ", ".join(f"{name} = {sizes[name]}" for name in sorted(guard.sizes))
                 raise OptionError(
                     f"{self.captured.name} branches on sizes, and was converted with such that {guard.said}; for "
                     f"inputs of shape {shapes} ({named}) it is another network: convert it with such an example"

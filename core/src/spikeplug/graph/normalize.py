@@ -35,9 +35,7 @@ def normalize(captured: Captured) -> None:
         new = rewrite(builder, node) if rewrite is not None else None
         if new is not None:
             builder.replace(node, new)
-    captured.graph.eliminate_dead_code()
-    used = {str(node.target) for node in captured.graph.nodes if node.op == "get_attr"}
-    captured.tensors = {name: tensor for name, tensor in captured.tensors.items() if name in used}
+    captured.drop_unread()
 
 
 def _fold_constants(builder: Builder) -> None:

@@ -58,6 +58,8 @@ CAT, LOOKUP, RECURRENT, SIZE = Kind("cat"), Kind("lookup"), Kind("recurrent"), K
 RELU, RELU6 = Kind("activation", op="relu"), Kind("activation", op="clip", top=6.0)
 AFFINE, ADD = Kind("affine"), Kind("add")
 MATMUL = Kind("product", op="matmul")
+PART = Kind("nonlinear", op="part", elementwise=False)
+"""One of several results of an operation."""
 
 SUBSYSTEMS = {
     "softmax": "attention",
@@ -80,12 +82,17 @@ def kinds(captured: Captured) -> dict[fx.Node, Kind]:
     """The kind of every operation, in order: it may depend on those of the inputs."""
     rules = registry()
     found: dict[fx.Node, Kind] = {}
+    of_values: set[fx.Node] = set()
     for node in captured.graph.nodes:
-        found[node] = dataclasses.replace(_kind(node, rules, found), type=node.meta["type"])
+        # Tensors that depend on the values of an input, and not on sizes alone.
+        depends = any(each in of_values for each in node.all_input_nodes)
+        if node.op == "placeholder" or (depends and node.meta["shape"] is not None):
+            of_values.add(node)
+        found[node] = dataclasses.replace(_kind(node, rules, found, depends), type=node.meta["type"])
     return found
 
 
-def _kind(node: fx.Node, rules: dict[str, Rule], known: dict[fx.Node, Kind]) -> Kind:
+def _kind(node: fx.Node, rules: dict[str, Rule], known: dict[fx.Node, Kind], depends: bool) -> Kind:
     if node.op == "output":
         return Kind("output")
     dtype = node.meta["dtype"]
@@ -102,22 +109,16 @@ def _kind(node: fx.Node, rules: dict[str, Rule], known: dict[fx.Node, Kind]) -> 
     acts = [each for each in node.all_input_nodes if known[each].kind != "size"]
     if not acts:
         # Numbers that are made of indices or masks are what layers may read.
-        numbers = dtype is not None and dtype.is_floating_point and _depends(node)
+        numbers = dtype is not None and dtype.is_floating_point and depends
         return Kind("nonlinear", op="numbers") if numbers else SIZE
-    if dtype is not None and not dtype.is_floating_point and not _is_image(node, acts, known):
+    if dtype is not None and not dtype.is_floating_point and not _is_image(node, acts):
         return SIZE
     if node.meta["shape"] is None and kind is None:
         return SIZE if str(node.target).startswith("aten.sym") else Kind("other")
     return _checked(node, kind or Kind("other"), acts)
 
 
-def _depends(node: fx.Node) -> bool:
-    """Whether a tensor depends on the values of an input, and not on sizes alone."""
-    tensors = [each for each in node.all_input_nodes if each.meta["shape"] is not None]
-    return any(each.op == "placeholder" or (each.op == "call_function" and _depends(each)) for each in tensors)
-
-
-def _is_image(node: fx.Node, acts: list[fx.Node], known: dict[fx.Node, Kind]) -> bool:
+def _is_image(node: fx.Node, acts: list[fx.Node]) -> bool:
     """Whether bytes of an image are passed on."""
     return node.meta["dtype"] is torch.uint8 and all(each.meta["dtype"] is torch.uint8 for each in acts)
 
@@ -188,16 +189,6 @@ def padding(node: fx.Node) -> Kind:
     constant = len(args) < 4 or args[2] == "constant"
     value = args[-1] if constant else None
     return Kind("nonlinear", op="pad") if value not in (None, 0, 0.0) else LINEAR
-
-
-def maximum_pooling(node: fx.Node) -> Kind:
-    """The largest values of whole maps."""
-    return Kind("nonlinear", op="max", elementwise=False)
-
-
-def part(node: fx.Node) -> Kind:
-    """One of several results: of the kind of the operation that gives them."""
-    return Kind("nonlinear", op="part", elementwise=False)
 
 
 def pointwise(node: fx.Node) -> Kind:

@@ -118,7 +118,7 @@ def stepped_product(a: Operand, b: Operand, combine: Combine) -> Tensor | None:
         parts = combine(a.steps(p, spikes, dtype), b.steps(q, others, dtype))
         total = next(parts)
         for each in parts:
-            total = total + each
+            total += each
         return total
 
     total: Tensor = first(a.x, a.new, lambda p, spikes: second(b.x, b.new, functools.partial(multiply, p, spikes)))

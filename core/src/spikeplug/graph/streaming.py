@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError
-from spikeplug.layers import convolved
+from spikeplug.layers import mapped
 from spikeplug.site import Coder, version
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams, Encoder, Neuron, State
@@ -196,7 +196,7 @@ class FlowLayer(nn.Module):
 
     def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's map with the given parameters."""
-        raise NotImplementedError
+        return mapped(self, x, weight, bias)
 
     def absorbed(self) -> tuple[Tensor, Tensor | None]:
         """Weights, and the bias of one step."""
@@ -235,24 +235,16 @@ def _same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> boo
 class FlowLinear(FlowLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` on trains."""
 
-    def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, weight, bias)
 
-
-class _FlowConv(FlowLayer):
-    def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolved(self, x, weight, bias)
-
-
-class FlowConv1d(_FlowConv, nn.Conv1d):
+class FlowConv1d(FlowLayer, nn.Conv1d):
     """`nn.Conv1d` on trains."""
 
 
-class FlowConv2d(_FlowConv, nn.Conv2d):
+class FlowConv2d(FlowLayer, nn.Conv2d):
     """`nn.Conv2d` on trains."""
 
 
-class FlowConv3d(_FlowConv, nn.Conv3d):
+class FlowConv3d(FlowLayer, nn.Conv3d):
     """`nn.Conv3d` on trains."""
 
 
@@ -279,15 +271,15 @@ class FlowAffine(FlowLayer, Affine):  # type: ignore[misc]
         return x * weight if bias is None else x * weight + bias
 
 
-class FlowConvTranspose1d(_FlowConv, nn.ConvTranspose1d):  # type: ignore[misc]
+class FlowConvTranspose1d(FlowLayer, nn.ConvTranspose1d):  # type: ignore[misc]
     """`nn.ConvTranspose1d` on trains."""
 
 
-class FlowConvTranspose2d(_FlowConv, nn.ConvTranspose2d):  # type: ignore[misc]
+class FlowConvTranspose2d(FlowLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """`nn.ConvTranspose2d` on trains."""
 
 
-class FlowConvTranspose3d(_FlowConv, nn.ConvTranspose3d):  # type: ignore[misc]
+class FlowConvTranspose3d(FlowLayer, nn.ConvTranspose3d):  # type: ignore[misc]
     """`nn.ConvTranspose3d` on trains."""
 
 

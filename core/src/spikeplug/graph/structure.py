@@ -142,6 +142,13 @@ class Structure:
             for index, (part, each) in enumerate(zip(self.parts, given, strict=True)):
                 yield from part.unpack(each, f"{name}[{self.keys[index] if self.keys else index}]")
 
+    def names(self, name: str) -> Iterator[str]:
+        """What the tensors of a nest of that name are called, in order."""
+        if self.kind == "tensor":
+            yield name
+        for index, part in enumerate(self.parts):
+            yield from part.names(f"{name}[{self.keys[index] if self.keys else index}]")
+
     def to_json(self) -> Any:
         """What `of_json` reads."""
         found: dict[str, Any] = {"kind": self.kind}
@@ -235,6 +242,10 @@ class Signature:
                 raise OptionError(f"input '{name}' is missing: the network was converted with it")
             found.extend(structure.unpack(named.get(name, structure.value), name))
         return found
+
+    def names(self) -> list[str]:
+        """What the tensors are called that it takes, in order."""
+        return [each for name, structure in self.given for each in structure.names(name)]
 
     def count(self) -> int:
         """Tensors that it takes."""

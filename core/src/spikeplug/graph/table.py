@@ -21,7 +21,6 @@ RULES: dict[str, str] = {
         upsample_linear1d.vec upsample_bilinear2d.vec upsample_trilinear3d.vec upsample_bicubic2d.vec
         _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec upsample_bilinear2d upsample_bicubic2d col2im""",
     "MAXPOOL": "max_pool1d max_pool2d max_pool3d",
-    "maximum_pooling": "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax",
     "RELU": "relu",
     "RELU6": "relu6",
     "clip": "hardtanh clamp clamp_min",
@@ -49,13 +48,14 @@ RULES: dict[str, str] = {
         softmax.int _softmax _safe_softmax log_softmax.int _log_softmax layer_norm rms_norm group_norm instance_norm
         _native_batch_norm_legit.no_stats native_layer_norm native_group_norm linalg_vector_norm norm.ScalarOpt_dim
         var.dim var.correction std.dim std.correction var_mean.dim var_mean.correction max.dim min.dim amin max min
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
         logsumexp prod prod.dim_int argmax topk sort cumprod cosine_similarity lp_pool2d local_response_norm""",
 }
 """Rule of `spikeplug.graph.operations` -> the operations it is for; the overload `default` is not written."""
 
 CORE: dict[str, str] = {
     "spikeplug.affine": "spikeplug.graph.operations:AFFINE",
-    "operator.getitem": "spikeplug.graph.operations:part",
+    "operator.getitem": "spikeplug.graph.operations:PART",
     **{
         f"aten.{name}" if "." in name else f"aten.{name}.default": f"spikeplug.graph.operations:{rule}"
         for rule, names in RULES.items()

@@ -299,15 +299,15 @@ def _plain(module: FlowLayer) -> nn.Module:
     with torch.no_grad():
         weight, bias = module.absorbed()
     dense: Any = next(cls for cls, flowing in FLOWING.items() if flowing is type(module))
-    twin = copy.copy(module)
-    twin.__dict__ = {
+    plain = copy.copy(module)
+    plain.__dict__ = {
         key: value
         for key, value in module.__dict__.items()
         if key not in ("flow", "sites", "source", "feeds", "pooled", "_kept")
     }
-    twin._parameters = {
+    plain._parameters = {
         "weight": nn.Parameter(weight.detach().clone()),
         "bias": None if bias is None else nn.Parameter(bias.detach().clone()),
     }
-    twin.__class__ = dense
-    return twin
+    plain.__class__ = dense
+    return plain

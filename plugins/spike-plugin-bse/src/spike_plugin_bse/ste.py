@@ -21,6 +21,7 @@ from spikeplug.conversion.record import conversion_of
 from spikeplug.conversion.sharing import own
 from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import BundleError, NonFiniteError, OptionError
+from spikeplug.site import evaluating
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 STATE, PROGRESS = "state.safetensors", "progress.json"
@@ -124,24 +125,21 @@ class STE:
         folder = None if checkpoint is None else Path(checkpoint)
         if folder is not None and folder.exists():
             losses = _restore(folder, head, weights, optimizer)
-        training = {module: module.training for module in model.modules()}
-        model.eval()
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for step in range(len(losses), self.steps):
-                watch("training" + (f", loss {losses[-1]:.3f}" if losses else ""), step, self.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = self.rate(step)
-                losses.append(self._step(architecture, model, weights, optimizer, self._chosen(batches, step)))
-                if folder is not None and ((step + 1) % self.every == 0 or step + 1 == self.steps):
-                    _store(folder, head, weights, optimizer, losses)
+            with evaluating(model):
+                for step in range(len(losses), self.steps):
+                    watch("training" + (f", loss {losses[-1]:.3f}" if losses else ""), step, self.steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.rate(step)
+                    losses.append(self._step(architecture, model, weights, optimizer, self._chosen(batches, step)))
+                    if folder is not None and ((step + 1) % self.every == 0 or step + 1 == self.steps):
+                        _store(folder, head, weights, optimizer, losses)
         finally:
             optimizer.zero_grad()
             for weight, required in frozen.items():
                 weight.requires_grad_(required)
-            for module, mode in training.items():
-                module.training = mode
         return losses
 
     def _chosen(self, batches: Sequence[Any], step: int) -> Iterator[Any]:
