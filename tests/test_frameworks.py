@@ -14,8 +14,9 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 import spikeplug
-from spikeplug.graph.network import watching
 from spikeplug.graph.timestepped import Clocked
+from spikeplug.listeners import Listener, listening
+from spikeplug.site import in_mode
 from spikeplug_snntorch import SnnTorch
 from spikeplug_spikingjelly import SpikingJelly
 
@@ -66,11 +67,24 @@ def streamed(network, images):
     return result, trains
 
 
+class Trains(Listener):
+    """Keeps the spikes of all neurons, in the order in which they come."""
+
+    hears = frozenset({"window"})
+
+    def __init__(self):
+        self.found = []
+
+    def window(self, coder, x, spikes):
+        if coder.kind != "image":
+            self.found.append(spikes.clone())
+
+
 def compare(spiking, images):
-    ours = []
-    with torch.no_grad(), watching(spiking, lambda site, currents, spikes: ours.append((site, spikes.clone()))):
+    ours = Trains()
+    with torch.no_grad(), listening(dict.fromkeys(spiking.flow.sites, ours)):
         expected = spiking(images)
-    ours = [spikes for site, spikes in ours if site.kind != "image"]
+    ours = ours.found
     jelly, torched = SpikingJelly().network(spiking), SnnTorch().network(spiking)
     with torch.no_grad():
         functional.set_step_mode(jelly, "m")
@@ -93,7 +107,7 @@ def compare(spiking, images):
 def test_four_executions_fire_the_same_spikes(recipe, options):
     spiking, images = convert(recipe, torch.float64, **options)
     result = compare(spiking, images)
-    with torch.no_grad(), spiking.observing():
+    with torch.no_grad(), in_mode(spiking, "dense"):
         assert not torch.equal(result, spiking(images))
 
 
@@ -199,11 +213,12 @@ def test_a_two_file_plugin_runs_in_all_four(tmp_path):
     (info / "entry_points.txt").write_text("[spikeplug]\ncounts = spike_plugin_counts\n")
     code = (
         "import torch\n"
+        "from spikeplug.site import in_mode\n"
         "from test_frameworks import Residual, compare, convert\n"
         "spiking, images = convert('counts', torch.float64)\n"
         "dense = Residual().eval()\n"
         "result = compare(spiking, images)\n"
-        "with torch.no_grad(), spiking.observing():\n"
+        "with torch.no_grad(), in_mode(spiking, 'dense'):\n"
         "    dense = spiking(images)\n"
         "assert 0 < (result - dense).norm() < 0.1 * dense.norm()\n"
     )

@@ -63,7 +63,7 @@ def test_first_layer_stepped_equals_fused():
         outputs = []
         for execution in ("fused", "stepped"):
             for site in first:
-                site.execution = execution
+                site.mode = execution
             with torch.no_grad():
                 outputs.append(model.model(ids["input_ids"], output_hidden_states=True).hidden_states[1])
         difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
@@ -169,7 +169,7 @@ def test_qc_a2s_first_layer_stepped_equals_fused(first_spikes):
     first = [site for name, site in sites(model).items() if "layers.0." in name]
     for execution in ("fused", "stepped"):
         for site in first:
-            site.execution = execution
+            site.mode = execution
         with torch.no_grad(), spikeplug.count_spikes(model) as counts:
             outputs.append(model.model(ids, output_hidden_states=True).hidden_states[1])
         spikes.append({name: each.spikes for name, each in counts.by_site.items() if "layers.0." in name})

@@ -86,7 +86,7 @@ def test_shared_site_codes_counts_and_observes_once(images):
     block = nn.ModuleDict({"first": first, "second": second})
     assert set(block.state_dict()) == {f"{layer}.{p}" for layer in ("first", "second") for p in ("weight", "bias")}
     site.set_params(encoder.fit(spikeplug.ActivationStats.of(images)).tensors())
-    for site.execution in ("fused", "stepped"):
+    for site.mode in ("fused", "stepped"):
         with spikeplug.count_spikes(block) as counts:
             first(images), second(images)
         assert counts.total == int(encoder.count(images, site.params(images)).sum())
@@ -151,7 +151,7 @@ def test_stepped_convolution_equals_fused(layer, padding_mode, scale):
     site.set_params(site.encoder.fit(spikeplug.ActivationStats.of(x, site.channels)).tensors())
     make_spiking(conv, site)
     fused = conv(x)
-    site.execution = "stepped"
+    site.mode = "stepped"
     torch.testing.assert_close(conv(x), fused, rtol=1e-4, atol=1e-4)
     assert not torch.equal(fused, dense)
 
@@ -209,7 +209,7 @@ def test_networks_side_by_side_keep_all_their_sites(network, images):
     pair = nn.Sequential(*[spikeplug.convert(network(), "rate", calibration=[images]) for _ in range(2)])
     assert len(sites(pair)) == 6
     spikeplug.set_execution(pair, "stepped")
-    assert {site.execution for site in sites(pair).values()} == {"stepped"}
+    assert {site.mode for site in sites(pair).values()} == {"stepped"}
 
 
 def test_nested_counts_both_count(spiking, images):
@@ -256,7 +256,7 @@ def test_layer_by_layer_another_network_or_dtype_is_refused(network, images, tmp
 
 def test_execution_is_that_of_the_saved_model(spiking, network, tmp_path):
     spikeplug.save(spikeplug.set_execution(spiking, "stepped"), tmp_path / "net")
-    assert {site.execution for site in sites(spikeplug.load(tmp_path / "net")).values()} == {"stepped"}
+    assert {site.mode for site in sites(spikeplug.load(tmp_path / "net")).values()} == {"stepped"}
 
 
 def test_half_precision_model_keeps_its_scales(spiking, images):

@@ -23,6 +23,7 @@ from spikeplug.graph.operations import kinds
 from spikeplug.graph.streaming import PooledInput
 from spikeplug.graph.timestepped import Clocked, Delay, network
 from spikeplug.rate import IF, Rate
+from spikeplug.site import in_mode
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.types import Recipe
 
@@ -170,7 +171,7 @@ def test_everything_converts_and_every_operation_has_a_role(recipe, pool, images
     result = spiking(images)
     assert not torch.equal(result, dense)
     assert (result - dense).norm() < 0.05 * dense.norm()
-    with spiking.observing():
+    with in_mode(spiking, "dense"):
         torch.testing.assert_close(spiking(images), dense, rtol=1e-4, atol=1e-5)
     report = spikeplug.report(spiking)
     assert {op.role for op in report.ops} <= {"spiking", "neuron", "coded", "folded", "decoded"}

@@ -14,6 +14,7 @@ from torch import nn
 import spikeplug
 from spikeplug.conversion.verify import difference
 from spikeplug.graph.network import SpikingGraph
+from spikeplug.site import in_mode
 
 WIDTH = 4
 
@@ -125,7 +126,7 @@ def check(program: list[tuple[str, int, int]], recipe: str, seed: int = 0) -> No
     want = [net(x.clone()), net(other.clone())]
     spiking = spikeplug.convert(net, recipe, calibration=[x.clone()])
     assert isinstance(spiking, SpikingGraph)
-    with spiking.observing():
+    with in_mode(spiking, "dense"):
         for given, wanted in zip((x, other), want, strict=True):
             kept = given.clone()
             for one, found in zip(wanted, spiking(given), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
-from spikeplug.site import passing
 
 Watch = Callable[[str, int, int | None], None]
 """Follows long work: the stage, how much of it is done, and of how much, where that is known."""
@@ -51,10 +49,6 @@ class Architecture(ABC):
     @abstractmethod
     def feed(self, model: torch.nn.Module, batch: Any) -> Any:
         """Run one calibration batch, dense or converted; return what the model returns."""
-
-    def observing(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-        """Inside, a converted model computes what the dense one does, its codes left out."""
-        return passing(model)
 
     @abstractmethod
     def units(self, batch: Any) -> int:

@@ -19,7 +19,8 @@ from spikeplug.conversion.verbs import SpikeCounts, architecture_of, count_spike
 from spikeplug.coverage import Op
 from spikeplug.errors import CalibrationError, OptionError, listed, nearest
 from spikeplug.graph.streaming import FlowSite
-from spikeplug.site import Site, SpikeCount, sites
+from spikeplug.listeners import SpikeCount
+from spikeplug.site import Site, sites
 
 DEFAULT = "45 nm"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,65 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, indexed
+from spikeplug.listeners import Listener, recomputing
 from spikeplug.padding import without_padding
-from spikeplug.stats import ActivationStats, Observer
+from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
 
 Execution = Literal["fused", "stepped"]
+Mode = Literal["dense", "fused", "stepped"]
+"""How what codes runs: an execution, or as the dense network, with every code left out."""
 Receiver = Callable[[CodeParams, Iterator[Tensor]], Tensor]
 EXECUTIONS: tuple[str, ...] = get_args(Execution)
-
-
-class SpikeCount:
-    """Spikes fired at one site while they were counted.
-
-    Attributes:
-        neurons: activations coded, each by one neuron for one window.
-        places: of a site that a convolution reads, the spikes of every place `[H, W]`; None where there are none, or
-            activations of several sizes.
-    """
-
-    def __init__(self) -> None:
-        self.neurons = 0
-        self.places: Tensor | None = None
-        self._spikes: Tensor | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def spikes(self) -> int:
-        """Spikes fired; one of -1 counts as one."""
-        return 0 if self._spikes is None else int(self._spikes)
-
-    def add(self, fired: Tensor, neurons: int, largest: int, spatial: int = 0) -> None:
-        """Add the spikes of an activation: at most `largest` in each element, fired by so many neurons.
-
-        A window that comes step by step gives its number of neurons once, and 0 with its other steps.
-
-        Args:
-            spatial: last dimensions by whose places they are counted.
-        """
-        # Sums in int32 where they fit take a third of the time of int64 ones on a CPU. The sum stays on its device,
-        # so that counting does not wait for it at every site.
-        fired = fired.detach()
-        narrow = torch.int32 if fired.numel() * largest < 2**31 else torch.int64
-        places = None
-        if spatial:
-            fired = fired.sum(dim=tuple(range(fired.ndim - spatial)), dtype=narrow) if fired.ndim > spatial else fired
-            places = fired = fired.to(torch.int64)
-        total = fired.sum(dtype=narrow).to(torch.int64)
-        with self._lock:
-            if places is not None and self._spikes is None:
-                self.places = places.clone()
-            elif places is not None and self.places is not None:
-                same = self.places.shape == places.shape
-                self.places = self.places.to(places.device) + places if same else None
-            self._spikes = total if self._spikes is None else self._spikes.to(total.device) + total
-            self.neurons += neurons
-
-
-def recomputing() -> bool:
-    """Whether this is activation checkpointing, which runs a part of the forward pass anew within the backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Coder(nn.Module):
@@ -81,9 +31,10 @@ class Coder(nn.Module):
         channels: dimensions of the observed activation that make up a channel; none: all values are alike.
 
     Attributes:
-        passing: whether it gives back what comes in, as the dense network would.
+        listeners: who hears what happens in it.
     """
 
+    mode: Mode = "fused"
     static: bool = True
     """Whether it has parameters, which `calibrate` fits and `save` stores."""
     observes: bool = True
@@ -96,10 +47,7 @@ class Coder(nn.Module):
     def __init__(self, name: str, channels: tuple[int, ...] = (-1,)) -> None:
         super().__init__()
         self.name, self.channels = name, channels
-        self.execution: Execution = "fused"
-        self.observer: Observer | None = None
-        self.passing = False
-        self.counters: list[SpikeCount] = []
+        self.listeners: tuple[Listener, ...] = ()
 
     def fit(self, stats: ActivationStats | None) -> Mapping[str, Tensor]:
         """Parameters by name, for activations of these statistics.
@@ -138,22 +86,34 @@ class Coder(nn.Module):
                 f"site '{self.name}' is not calibrated: call spikeplug.calibrate(model, batches) before the model"
             )
 
-    def observe(self, x: Tensor) -> None:
-        """Add an activation to what it sees, but for padding."""
-        assert self.observer is not None
-        self.observer.update(without_padding(x, self.sequence))
+    def heard(self, event: str) -> bool:
+        """Whether anyone hears events of this name."""
+        return any(event in each.hears for each in self.listeners)
+
+    def tell_activation(self, x: Tensor) -> None:
+        """Tell of an activation in the mode `dense`."""
+        for each in self.listeners:
+            if "activation" in each.hears:
+                each.activation(self, x)
+
+    def tell_window(self, x: Tensor, spikes: Tensor) -> None:
+        """Tell of a window `[T, *S]`."""
+        for each in self.listeners:
+            if "window" in each.hears:
+                each.window(self, x, spikes)
 
     def set_params(self, tensors: Mapping[str, Tensor]) -> None:
         """Store copies of parameters, as buffers of their names."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
 
-    def count(self, fired: Tensor, neurons: int, largest: int) -> None:
-        """Add to every active counter, as `SpikeCount.add`."""
+    def tell_fired(self, fired: Tensor, neurons: int, largest: int) -> None:
+        """Tell of spikes, as `Listener.fired`."""
         if recomputing():
             return
-        for counter in self.counters:
-            counter.add(fired, neurons, largest, self.spatial)
+        for each in self.listeners:
+            if "fired" in each.hears:
+                each.fired(self, fired, neurons, largest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coder:
         """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
@@ -204,7 +164,7 @@ class Site(Coder):
     @property
     def steps_now(self) -> bool:
         """Whether layers take its spikes step by step, and not its decoded value."""
-        return self.execution == "stepped" and self.observer is None and not self.passing
+        return self.mode == "stepped"
 
     def extra_repr(self) -> str:
         return f"{self.encoder}"
@@ -252,7 +212,10 @@ class Site(Coder):
         if receive is not None:
             with self.named():
                 p = self.params(x)
-                return receive(p, self._stream(x, p, new))
+                counted = self._first_reader(x)
+                if counted and self.heard("window"):
+                    self.tell_window(x, self.encoder.encode(x, p))
+                return receive(p, self._stream(x, p, new, counted))
         if self.consumers == 1:
             return self._value(x, new)
         kept = _Kept.of(x, self)
@@ -263,28 +226,28 @@ class Site(Coder):
 
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
         with self.named():
-            if self.observer is not None:
-                self.observe(x)
-                return x
-            if self.passing:
+            if self.mode == "dense":
+                self.tell_activation(x)
                 return x
             p = self.params(x)
-            if self.execution == "stepped":
+            if self.heard("window"):
+                self.tell_window(x, self.encoder.encode(x, p))
+            if self.mode == "stepped":
                 return straight_through(x, lambda x: self._decoded(x, p, new))
-            if self.counters:
+            if self.heard("fired"):
                 fresh = without_padding(_fresh(x, new), self.sequence)
                 known = p if self.static else self.params(fresh)
-                self.count(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
+                self.tell_fired(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
-    def _stream(self, x: Tensor, p: CodeParams, new: slice | None) -> Iterator[Tensor]:
+    def _stream(self, x: Tensor, p: CodeParams, new: slice | None, counted: bool = True) -> Iterator[Tensor]:
         """Spikes of `x`, one step at a time: T tensors `[*S]` in the dtype of `x`."""
-        neuron, encoder, counted = self.neuron, self.encoder, self._first_reader(x)
+        neuron, encoder, heard = self.neuron, self.encoder, counted and self.heard("fired")
         spikes = encoder.encode(x, p) if neuron is None else neuron.bind(p).stream(encoder.drive(x, p))
         for step, s in enumerate(spikes):
-            if counted and self.counters:
+            if heard:
                 fresh = without_padding(_fresh(s, new), self.sequence)
-                self.count(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
+                self.tell_fired(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 
     def _first_reader(self, x: Tensor) -> bool:
@@ -367,14 +330,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def passing(model: nn.Module) -> Iterator[None]:
-    """Inside, everything that codes gives back what comes in, as the dense network would."""
-    coders = [module for module in model.modules() if isinstance(module, Coder)]
-    before = [coder.passing for coder in coders]
+def in_mode(of: nn.Module | Sequence[Coder], mode: Mode) -> Iterator[None]:
+    """Inside, a converted network, or some coders, run in this mode; in `dense`, as the network it was made of."""
+    coders = [each for each in of.modules() if isinstance(each, Coder)] if isinstance(of, nn.Module) else of
+    before = [coder.mode for coder in coders]
     for coder in coders:
-        coder.passing = True
+        coder.mode = mode
     try:
         yield
     finally:
         for coder, was in zip(coders, before, strict=True):
-            coder.passing = was
+            coder.mode = was

@@ -14,6 +14,7 @@ from torch import nn
 
 import spikeplug
 from spikeplug.errors import BundleError, ConversionError, OptionError, UnknownNameError
+from spikeplug.site import in_mode
 from spikeplug_lava import IntegerNetwork
 from spikeplug_lava.exporter import Lava
 from spikeplug_lava.lower import lower
@@ -51,7 +52,7 @@ def test_it_is_no_other_network(exported, digits, name):
     with torch.no_grad():
         ours = IntegerNetwork.load(path)(x)
         theirs = model(x).double()
-        with model.observing():
+        with in_mode(model, "dense"):
             dense = model(x).double()
     assert ours.shape == dense.shape
     near = (ours - dense).abs().mean() / dense.abs().mean()
@@ -137,7 +138,7 @@ def test_everything_that_is_linear(recipe, options, tmp_path):
     assert verdict.passed, str(verdict)
     assert report["accuracy"] is None
     assert report["agreement"]["integer with dense"] >= (0.6 if options.get("negative") is False else 0.8)
-    with torch.no_grad(), model.observing():
+    with torch.no_grad(), in_mode(model, "dense"):
         dense = model(x).double()
     ours = IntegerNetwork.load(tmp_path / "net.safetensors")(x)
     assert torch.nn.functional.cosine_similarity(ours.flatten(), dense.flatten(), dim=0) > 0.95

@@ -14,6 +14,7 @@ from torch import nn
 
 import spikeplug
 from spikeplug.errors import OptionError
+from spikeplug.site import in_mode
 from spikeplug_vision.images import Images
 from spikeplug_vision.models import CIFAR, CifarResNet, open_model
 
@@ -114,7 +115,7 @@ def test_well_known_networks_convert_with_default_options(name, recipe):
     x = torch.randn(1, 3, 224, 224)
     dense = net(x)
     spiking = spikeplug.convert(net, recipe, calibration=[x])
-    with spiking.observing():
+    with in_mode(spiking, "dense"):
         torch.testing.assert_close(spiking(x), dense, rtol=1e-3, atol=1e-3 * float(dense.abs().max()))
     assert (spiking(x) - dense).norm() < 0.1 * dense.norm()
     assert {op.role for op in spikeplug.report(spiking).ops} <= {"spiking", "neuron", "coded", "decoded", "folded"}

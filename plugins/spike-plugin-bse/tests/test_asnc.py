@@ -18,7 +18,7 @@ from spike_plugin_bse.codec import Codec
 from spike_plugin_bse.neuron import CodecIF
 from spike_plugin_bse.nonlinear import ASNC
 from spikeplug.errors import CalibrationError, NonFiniteError, OptionError
-from spikeplug.site import SpikeCount
+from spikeplug.listeners import SpikeCount, listening
 from spikeplug.stats import ActivationStats
 from spikeplug.testing import NeuronConformance
 
@@ -179,7 +179,7 @@ def test_stepped_equals_fused_equals_table(steps, dtype):
     codec = calibrated(steps=steps, segments=8)
     x = torch.cat([FRESH[:5000].to(dtype), torch.tensor([-50.0, 50.0], dtype=dtype)])
     fused = codec(x)
-    codec.execution = "stepped"
+    codec.mode = "stepped"
     assert torch.equal(codec(x), fused)
     table, out = Table.from_tensors(codec._buffers), spikeplug.CodeParams(codec.scale, codec.offset)
     half = float(codec.output.error_bound(out))
@@ -193,10 +193,10 @@ def test_stepped_equals_fused_equals_table(steps, dtype):
 def test_spikes_are_those_made():
     codec, x, counts = calibrated(segments=8), FRESH[:3000].float(), []
     for execution in ("fused", "stepped"):
-        codec.execution = execution
-        codec.counters.append(SpikeCount())
-        codec(x)
-        counts.append(codec.counters.pop())
+        codec.mode = execution
+        counts.append(SpikeCount())
+        with listening({codec: counts[-1]}):
+            codec(x)
     assert counts[0].spikes == counts[1].spikes > 0
     assert counts[0].neurons == counts[1].neurons == 2 * x.numel()
 

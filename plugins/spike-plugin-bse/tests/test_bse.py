@@ -107,7 +107,7 @@ def test_layer_and_next_code_equal_the_soma():
     site = Site("layer", "input", code, BitIF(steps=8))
     make_spiking(layer, site)
     site.set_params(p_in.tensors())
-    for site.execution in ("fused", "stepped"):
+    for site.mode in ("fused", "stepped"):
         assert torch.equal(code.quantize(layer(flat), p_out), reference)
 
 
@@ -123,7 +123,7 @@ def test_integer_weights_give_exact_equality(steps):
     make_spiking(layer, site)
     site.set_params(UNIT.tensors())
     fused = layer(x)
-    site.execution = "stepped"
+    site.mode = "stepped"
     assert torch.equal(layer(x), fused)
     assert torch.equal(fused, dense)
 
@@ -137,7 +137,7 @@ def test_float32_tolerance_of_stepped_against_fused():
     make_spiking(layer, site)
     site.set_params(site.encoder.fit(ActivationStats.of(x)).tensors())
     fused = layer(x)
-    site.execution = "stepped"
+    site.mode = "stepped"
     assert ((layer(x) - fused).abs().max() / fused.abs().max()).item() < 2e-6
 
 

@@ -13,6 +13,7 @@ from spike_plugin_css.adjust import amplification
 from spike_plugin_css.encoder import CSS
 from spike_plugin_css.neuron import TSA, TSAReLU
 from spikeplug.errors import OptionError
+from spikeplug.site import in_mode
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.types import CodeParams
 
@@ -197,7 +198,7 @@ def test_recipes_are_near_the_dense_network_and_differ_from_it(recipe, images):
     result = spiking(images)
     assert not torch.equal(result, dense)
     assert (result - dense).norm() < 0.03 * dense.norm()
-    with spiking.observing():
+    with in_mode(spiking, "dense"):
         torch.testing.assert_close(spiking(images), dense)
 
 

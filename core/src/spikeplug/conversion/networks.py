@@ -56,10 +56,6 @@ class Networks(Architecture):
         args, kwargs = as_call(model, batch)
         return model(*args, **kwargs)
 
-    def observing(self, model: nn.Module) -> Any:
-        assert isinstance(model, SpikingGraph)
-        return model.observing()
-
     def units(self, batch: Any) -> int:
         return samples_of(batch)
 

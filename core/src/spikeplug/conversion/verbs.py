@@ -19,8 +19,9 @@ from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.streaming import FlowSite
+from spikeplug.listeners import Observation, SpikeCount, listening
 from spikeplug.observed import load_observed, save_observed
-from spikeplug.site import EXECUTIONS, Coder, Execution, SpikeCount, evaluating, sites
+from spikeplug.site import EXECUTIONS, Coder, Execution, evaluating, in_mode, sites
 from spikeplug.stats import ActivationStats, Observer
 from spikeplug.types import Recipe
 
@@ -253,24 +254,22 @@ def observe(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatche
     """
     config, architecture = conversion_of(model).config, architecture_of(model)
     _fit_domains(model)
-    observing = {name: site for name, site in sites(model).items() if site.static and site.observes}
-    for seed, site in enumerate(observing.values()):
-        site.observer = Observer(site.channels, config.samples, seed)
-    try:
-        with torch.no_grad(), evaluating(model), architecture.observing(model):
-            for index, batch in enumerate(batches):
-                watch("calibrating", index, (len(batches) or None) if isinstance(batches, Sized) else None)
-                architecture.feed(model, batch)
-        return {name: _stats(site) for name, site in observing.items()}
-    finally:
-        for site in observing.values():
-            site.observer = None
+    found = sites(model)
+    passing = [site for site in found.values() if site.observes or not site.static]
+    seen = {
+        site: Observation(Observer(site.channels, config.samples, seed))
+        for seed, site in enumerate(site for site in found.values() if site.static and site.observes)
+    }
+    with torch.no_grad(), evaluating(model), in_mode(passing, "dense"), listening(seen):
+        for index, batch in enumerate(batches):
+            watch("calibrating", index, (len(batches) or None) if isinstance(batches, Sized) else None)
+            architecture.feed(model, batch)
+    return {name: _stats(site, seen[site]) for name, site in found.items() if site in seen}
 
 
-def _stats(site: Coder) -> ActivationStats:
-    assert site.observer is not None
+def _stats(site: Coder, seen: Observation) -> ActivationStats:
     try:
-        return site.observer.stats()
+        return seen.observer.stats()
     except CalibrationError as error:
         raise CalibrationError(f"site '{site.name}': {error}") from None
 
@@ -326,7 +325,7 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
     for site in sites(model).values():
         if isinstance(site, FlowSite) and execution == "fused":
             raise OptionError(f"execution='fused': trains of '{site.encoder.name}' flow, they run stepped only")
-        site.execution = execution
+        site.mode = execution
     for module in model.modules():
         conversion = getattr(module, "conversion", None)
         if isinstance(conversion, Conversion):
@@ -363,13 +362,8 @@ def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
     """
     found = sites(model)
     counts = SpikeCounts({name: SpikeCount() for name in found})
-    for name, site in found.items():
-        site.counters.append(counts.by_site[name])
-    try:
+    with listening({site: counts.by_site[name] for name, site in found.items()}):
         yield counts
-    finally:
-        for name, site in found.items():
-            site.counters.remove(counts.by_site[name])
 
 
 def report(model: nn.Module) -> ConversionReport:

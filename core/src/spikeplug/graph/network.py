@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from spikeplug.errors import ConversionError, OptionError
+from spikeplug.errors import OptionError
 from spikeplug.padding import real_positions
-from spikeplug.site import passing
 
 from .capture import Captured
 from .draft import Draft
 from .operations import Kind
-from .streaming import Flow, FlowSite
+from .streaming import Flow
 from .structure import leaves
 from .windows import MASK
 
@@ -128,8 +126,8 @@ class SpikingGraph(nn.Module):
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         flow = self.flow
-        # Who watches sees the batch whole.
-        if flow is not None and not flow.dense and flow.watch is None and self._splits and len(inputs[0]) > 1:
+        if self._splits and len(inputs[0]) > 1 and self._flows_in_parts():
+            assert flow is not None
             values = sum(x[0].numel() for x in inputs)
             size = max(1, MICRO_BATCH // (flow.steps * max(1, values)))
             # Even parts: a small rest would cost as much a layer as a whole one.
@@ -140,18 +138,10 @@ class SpikingGraph(nn.Module):
         found: tuple[Tensor, ...] = self.program(*inputs)
         return found
 
-    @contextlib.contextmanager
-    def observing(self) -> Iterator[None]:
-        """Inside, sites pass on what comes in and trains are plain activations: the dense network."""
-        was = False if self.flow is None else self.flow.dense
-        try:
-            with passing(self):
-                if self.flow is not None:
-                    self.flow.dense = True
-                yield
-        finally:
-            if self.flow is not None:
-                self.flow.dense = was
+    def _flows_in_parts(self) -> bool:
+        """Whether a batch may be split: trains flow, and nobody hears windows, of whom each is that of all samples."""
+        flow = self.flow
+        return flow is not None and not flow.dense and not any(site.heard("window") for site in flow.sites)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingGraph:
         """Move the network; what its operations make anew is made where it is then."""
@@ -170,22 +160,6 @@ class SpikingGraph(nn.Module):
             elif name in program._buffers:
                 program._buffers[name] = tensor
         return self
-
-
-@contextlib.contextmanager
-def watching(model: SpikingGraph, look: Callable[[FlowSite, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside, every site of trains that flow shows its currents and spikes `[T, B, ...]` as they come.
-
-    Raises:
-        ConversionError: the code does not flow.
-    """
-    if model.flow is None:
-        raise ConversionError("every activation of this network is a window of its own: there are no currents to watch")
-    before, model.flow.watch = model.flow.watch, look
-    try:
-        yield
-    finally:
-        model.flow.watch = before
 
 
 def samples_of(batch: Any) -> int:

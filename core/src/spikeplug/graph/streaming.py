@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError
 from spikeplug.layers import mapped
-from spikeplug.site import Coder, version
+from spikeplug.site import Coder, Mode, version
 from spikeplug.stats import ActivationStats
 from spikeplug.types import CodeParams, Encoder, Neuron, State
 
@@ -27,16 +27,21 @@ class Flow:
     """What all parts of one network share.
 
     Attributes:
-        dense: whether plain activations pass in the place of trains.
+        mode: of all parts; `dense`: plain activations pass in the place of trains.
         weights: d(t) of every site `[T]`.
-        watch: called by every site with its currents and spikes `[T, B, ...]`, where it is set.
+        sites: all of them.
     """
 
     def __init__(self, encoder: Encoder) -> None:
-        self.dense = False
+        self.mode: Mode = "stepped"
+        self.sites: list[FlowSite] = []
         unit = CodeParams(torch.ones(()), torch.zeros(()))
         self.weights = [float(d) for d in encoder.weights(unit)]
-        self.watch: Callable[[FlowSite, Tensor, Tensor], None] | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the network runs as the dense one."""
+        return self.mode == "dense"
 
     @property
     def steps(self) -> int:
@@ -76,6 +81,7 @@ class FlowSite(Coder):
     def __init__(self, name: str, kind: str, encoder: Encoder, neuron: Neuron, activation: Kind, flow: Flow) -> None:
         super().__init__(name, channels=())
         self.kind, self.encoder, self.flow, self.activation = kind, encoder, flow, activation
+        flow.sites.append(self)
         # Without its own activation a neuron may exist all the same: this says now that this one does not.
         self._neuron = neuron
         if not self.encodes:
@@ -83,6 +89,15 @@ class FlowSite(Coder):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.encoder}, {self._neuron}"
+
+    @property
+    def mode(self) -> Mode:
+        """That of the whole network, all parts of which run alike."""
+        return self.flow.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self.flow.mode = mode
 
     @property
     def neuron(self) -> Neuron:
@@ -143,8 +158,7 @@ class FlowSite(Coder):
         with self.named():
             if self.flow.dense:
                 x = self.activate(x)
-                if self.observer is not None:
-                    self.observe(x)
+                self.tell_activation(x)
                 return x
             if self.encodes:
                 spikes = self.encoder.encode(x, self.params())
@@ -152,12 +166,11 @@ class FlowSite(Coder):
             else:
                 currents = self.flow.split(x)
                 spikes = _in_storage_order(self.neuron.window, currents)
-        if self.counters:
+        if self.heard("fired"):
             # One pass; the sum of magnitudes would take two.
             dims = tuple(range(spikes.ndim - self.spatial)) if self.spatial else None
-            self.count(torch.count_nonzero(spikes, dim=dims), spikes[0].numel(), spikes.numel())
-        if self.flow.watch is not None:
-            self.flow.watch(self, currents, spikes)
+            self.tell_fired(torch.count_nonzero(spikes, dim=dims), spikes[0].numel(), spikes.numel())
+        self.tell_window(currents, spikes)
         return spikes.flatten(0, 1)
 
 

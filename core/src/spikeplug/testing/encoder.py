@@ -242,7 +242,7 @@ class EncoderConformance(Guarded):
         if encoder.static:
             site.set_params(self._fit(encoder, x).tensors())
         fused = layer(x)
-        site.execution = "stepped"
+        site.mode = "stepped"
         stepped = layer(x)
         bound = encoder.error_bound(site.params(x)).double()
         if encoder.collapsible:

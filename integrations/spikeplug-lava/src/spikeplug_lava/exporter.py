@@ -14,9 +14,10 @@ import spikeplug
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import BundleError, ConversionError, OptionError
-from spikeplug.graph.network import SpikingGraph, watching
+from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.streaming import FlowSite
-from spikeplug.site import Site
+from spikeplug.listeners import Listener, listening
+from spikeplug.site import Site, in_mode, sites
 from spikeplug_lava_runtime import Bundle, FormatError, save
 from spikeplug_lava_runtime.format import SPEC, STATE_LIMIT
 
@@ -142,7 +143,7 @@ def report_of(
     count, labelled = 0, True
     for index, (x, labels) in enumerate(batches):
         watch("measuring", index, len(batches))
-        with model.observing():
+        with in_mode(model, "dense"):
             dense = model(x).flatten(1).argmax(1)
         converted, theirs = _watched(model, x)
         fired, readout = network.fire(network.encode(x), peaks)
@@ -198,26 +199,28 @@ def _differing(one: Tensor, other: Tensor, bundle: Bundle) -> Tensor:
 
 def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Result and spikes int8 `[T, B, ...]` of the converted network, by the name of the population."""
-    found: dict[str, Tensor] = {}
-    if model.flow is not None:
+    kept = {site: _Window() for site in sites(model).values()}
+    with listening(kept):
+        result = model(x)
+    names = _population_names(model) if model.flow is None else {}
+    found = {}
+    for site, each in kept.items():
+        if each.spikes is not None:
+            name = "image" if isinstance(site, FlowSite) and site.kind == "image" else names.get(site.name, site.name)
+            found[name] = each.spikes
+    return result, found
 
-        def look(site: FlowSite, currents: Tensor, spikes: Tensor) -> None:
-            found["image" if site.kind == "image" else site.name] = spikes.to(torch.int8)
 
-        with watching(model, look):
-            return model(x), found
+class _Window(Listener):
+    """The last window of one site, int8."""
 
-    def coded(site: Site, args: tuple[Tensor, ...]) -> None:
-        p = site.params(args[0])
-        found[names.get(site.name, site.name)] = site.encoder.encode(args[0], p).to(torch.int8)
+    hears = frozenset({"window"})
 
-    names = _population_names(model)
-    hooks = [module.register_forward_pre_hook(coded) for module in model.modules() if isinstance(module, Site)]
-    try:
-        return model(x), found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __init__(self) -> None:
+        self.spikes: Tensor | None = None
+
+    def window(self, coder: Any, x: Tensor, spikes: Tensor) -> None:
+        self.spikes = spikes.to(torch.int8)
 
 
 def _population_names(model: SpikingGraph) -> Mapping[str, str]:

@@ -19,7 +19,7 @@ from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.operations import Kind
 from spikeplug.graph.streaming import FlowAffine, FlowLayer, FlowSite, Readout, Rescale
 from spikeplug.layers import SpikingLayer
-from spikeplug.site import Site
+from spikeplug.site import Site, in_mode
 
 from .integer import unweighted
 
@@ -145,7 +145,7 @@ class _Lowering:
         if len(inputs) != 1 or len(results) != 1:
             raise ConversionError(f"{model.captured.name} has several inputs or results: one of each can be exported")
         recorder = _Recorder(model)
-        with torch.no_grad(), model.observing():
+        with torch.no_grad(), in_mode(model, "dense"):
             recorder.run(samples)
         self.found = recorder.found
         self.names: set[str] = set()

@@ -25,6 +25,7 @@ from spikeplug.diagnosis import Diagnosis
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.graph.network import SpikingGraph
 from spikeplug.plugins import get_class
+from spikeplug.site import in_mode
 
 from .models import open_model
 
@@ -215,7 +216,7 @@ class Vision(Networks):
             for index, x in enumerate(images.batches(batch)):
                 watch("images", index * batch, len(images))
                 x, start = x.to(device), time.perf_counter()
-                with model.observing() if isinstance(model, SpikingGraph) else contextlib.nullcontext():
+                with in_mode(model, "dense"):
                     dense.append(model(x).cpu())
                 middle = time.perf_counter()
                 if run is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spikeplug.padding import real_elements
 from spikeplug.site import Coder
 from spikeplug.stats import ActivationStats, require_finite
 from spikeplug.types import CodeParams, impulse
@@ -70,8 +71,8 @@ class Codec(Coder):
             CalibrationError: it is not fitted yet.
         """
         with self.named():
-            if self.observer is not None:
-                self.observe(x)
+            if self.mode == "dense":
+                self.tell_activation(x)
                 return self.function(x)
             self.require_calibrated()
             require_finite(x)
@@ -82,18 +83,26 @@ class Codec(Coder):
         ready = self._prepared(torch.promote_types(x.dtype, torch.float32), x.device)
         result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         size = CHUNK if x.device.type == "cpu" else max(1, x.numel())
-        for part, place in zip(torch.split(x.reshape(-1), size), torch.split(result.view(-1), size), strict=True):
-            place.copy_(self._part(ready, part.to(ready.start.dtype)))
+        real = real_elements(x, self.sequence) if self.heard("fired") else None
+        parts = (None,) * -(-x.numel() // size) if real is None else torch.split(real.reshape(-1), size)
+        for part, place, kept in zip(
+            torch.split(x.reshape(-1), size), torch.split(result.view(-1), size), parts, strict=True
+        ):
+            place.copy_(self._part(ready, part.to(ready.start.dtype), kept))
         return result
 
-    def _part(self, ready: _Ready, x: Tensor) -> Tensor:
-        """The values of some inputs `[n]`."""
+    def _part(self, ready: _Ready, x: Tensor, real: Tensor | None) -> Tensor:
+        """The values of some inputs `[n]`, of which those that are real are counted; None: all are."""
         i, q = self._codes(ready, x)
-        y = self._stepped(ready, i, q) if self.execution == "stepped" else self._fused(ready, i, q)
+        y = self._stepped(ready, i, q, real) if self.mode == "stepped" else self._fused(ready, i, q, real)
         if self.domain is None:
             (low, below), (high, above) = ready.ends
             y.add_((x - low).clamp_(max=0), alpha=below).add_((x - high).clamp_(min=0), alpha=above)
-        return self._recoded(y, ready.out)
+        return self._recoded(y, ready.out, real)
+
+    def _tell(self, fired: Tensor, largest: int, real: Tensor | None, first: bool = True) -> None:
+        fired = fired if real is None else fired[real]
+        self.tell_fired(fired, fired.numel() if first else 0, largest)
 
     def _prepared(self, dtype: torch.dtype, device: torch.device) -> _Ready:
         """The tables for computing in this dtype on this device, made once."""
@@ -125,31 +134,31 @@ class Codec(Coder):
         start, rate = ready.start.index_select(0, i), ready.rate.index_select(0, i)
         return i, torch.sub(x, start, out=start).mul_(rate).round_().clamp_(0, ready.fired.numel() - 1)
 
-    def _fused(self, ready: _Ready, i: Tensor, q: Tensor) -> Tensor:
+    def _fused(self, ready: _Ready, i: Tensor, q: Tensor, real: Tensor | None) -> Tensor:
         code = q.to(torch.int32)
-        if self.counters:
-            self.count(ready.fired.index_select(0, code), code.numel(), self.options.steps)
+        if self.heard("fired"):
+            self._tell(ready.fired.index_select(0, code), self.options.steps, real)
         return ready.values.index_select(0, code.add_(i, alpha=ready.fired.numel()))
 
-    def _stepped(self, ready: _Ready, i: Tensor, q: Tensor) -> Tensor:
+    def _stepped(self, ready: _Ready, i: Tensor, q: Tensor, real: Tensor | None) -> Tensor:
         y = ready.bias.index_select(0, i)
         neuron = CodecIF(steps=self.options.steps)
         for t, s in enumerate(neuron.stream(impulse(q, neuron.steps))):
-            self.count(s, q.numel() if t == 0 else 0, 1)
+            self._tell(s, 1, real, first=t == 0)
             y.addcmul_(ready.weights[t].index_select(0, i), s)
         return y
 
-    def _recoded(self, y: Tensor, out: CodeParams) -> Tensor:
+    def _recoded(self, y: Tensor, out: CodeParams, real: Tensor | None) -> Tensor:
         """The value of the BSE window that carries `y` on (Eq. 6)."""
-        if self.execution == "stepped":
+        if self.mode == "stepped":
             neuron = BitIF(steps=self.output.steps)
             total = torch.zeros_like(y, dtype=torch.promote_types(y.dtype, out.scale.dtype))
             for t, s in enumerate(neuron.stream(self.output.drive(y, out))):
-                self.count(s, y.numel() if t == 0 else 0, 1)
+                self._tell(s, 1, real, first=t == 0)
                 total.add_(s, alpha=2.0 ** (self.output.steps - 1 - t))
             return self.output.scaled(total, out)
-        if self.counters:
-            self.count(self.output.count(y, out), y.numel(), self.output.steps)
+        if self.heard("fired"):
+            self._tell(self.output.count(y, out), self.output.steps, real)
         return self.output.scaled(self.output.quantize(y, out), out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codec:

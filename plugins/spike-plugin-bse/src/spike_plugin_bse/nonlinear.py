@@ -61,6 +61,7 @@ class Exp(nn.Module):
     def __init__(self, name: str, original: nn.Module | None, options: Fit) -> None:
         super().__init__()
         self.codec = Codec(f"{name}.exp", torch.exp2, _inside(options), (0.0, 1.0))
+        self.delay = self.codec.delay
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*S] -> [*S]`; 0 below 2^-126, the smallest ordinary number of float32, and limited to below 2^127."""
@@ -78,6 +79,7 @@ class Reciprocal(nn.Module):
     def __init__(self, name: str, original: nn.Module | None, options: Fit) -> None:
         super().__init__()
         self.codec = Codec(f"{name}.reciprocal", torch.reciprocal, _inside(options), (0.5, 1.0))
+        self.delay = self.codec.delay
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -92,6 +94,7 @@ class Rsqrt(nn.Module):
     def __init__(self, name: str, original: nn.Module | None, options: Fit) -> None:
         super().__init__()
         self.codec = Codec(f"{name}.rsqrt", torch.rsqrt, _inside(options), (0.25, 1.0))
+        self.delay = self.codec.delay
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -109,7 +112,7 @@ class Softmax(nn.Module):
         if self.dim is None:
             raise OptionError(f"'{name}' is a softmax without dim: give it one")
         self.exp, self.reciprocal = Exp(name, None, options), Reciprocal(name, None, options)
-        self.delay = self.exp.codec.delay + self.reciprocal.codec.delay
+        self.delay = self.exp.delay + self.reciprocal.delay
 
     def forward(self, scores: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -129,7 +132,7 @@ class RMSNorm(nn.Module):
         self.eps = torch.finfo(torch.float32).eps if eps is None else eps
         self.dims = tuple(range(-len(getattr(original, "normalized_shape", (1,))), 0))
         self.rsqrt = Rsqrt(name, None, options)
-        self.delay = self.rsqrt.codec.delay
+        self.delay = self.rsqrt.delay
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
@@ -147,6 +150,7 @@ class LayerNorm(nn.Module):
         self.weight, self.bias, self.eps = original.weight, original.bias, original.eps
         self.dims = tuple(range(-len(original.normalized_shape), 0))
         self.rsqrt = Rsqrt(name, None, options)
+        self.delay = self.rsqrt.delay
 
     def forward(self, input: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""

@@ -12,8 +12,9 @@ from torch import nn
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import OptionError
-from spikeplug.graph.network import SpikingGraph, watching
+from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.streaming import FlowSite
+from spikeplug.listeners import Listener, listening
 
 from .encoder import CSS
 
@@ -68,18 +69,27 @@ class Adjust:
 
     def _left(self, model: SpikingGraph, batches: Sequence[Any]) -> dict[FlowSite, float]:
         """Percentile of the potential left at every site, in amplitudes; the largest of all batches."""
-        found: dict[FlowSite, float] = {}
-
-        def look(site: FlowSite, currents: torch.Tensor, spikes: torch.Tensor) -> None:
-            if not site.encodes:
-                left = site.residual(currents).abs().flatten()
-                value = float(left.kthvalue(max(1, round(left.numel() * self.percentile / 100))).values)
-                found[site] = max(found.get(site, 0.0), value)
-
-        with torch.no_grad(), watching(model, look):
+        assert model.flow is not None
+        found: dict[Any, _Left] = {site: _Left(self.percentile) for site in model.flow.sites if not site.encodes}
+        with torch.no_grad(), listening(found):
             for batch in batches:
                 architecture_of(model).feed(model, batch)
-        return found
+        return {site: each.largest for site, each in found.items() if each.largest is not None}
+
+
+class _Left(Listener):
+    """The largest percentile of the potential left in one site, over all windows."""
+
+    hears = frozenset({"window"})
+
+    def __init__(self, percentile: float) -> None:
+        self.percentile = percentile
+        self.largest: float | None = None
+
+    def window(self, coder: Any, x: torch.Tensor, spikes: torch.Tensor) -> None:
+        left = coder.residual(x).abs().flatten()
+        value = float(left.kthvalue(max(1, round(left.numel() * self.percentile / 100))).values)
+        self.largest = max(self.largest or 0.0, value)
 
 
 def amplification(left: float, total: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, OptionError, listed
+from spikeplug.padding import without_padding
 from spikeplug.site import Coder
 from spikeplug.stats import ActivationStats, require_finite
 from spikeplug.types import straight_through
@@ -109,8 +110,8 @@ class Population(Coder):
             CalibrationError: it is not fitted yet.
         """
         with self.named():
-            if self.observer is not None:
-                self.observe(x)
+            if self.mode == "dense":
+                self.tell_activation(x)
                 return x.log() if self.log else x
             self.require_calibrated()
             require_finite(x)
@@ -121,12 +122,13 @@ class Population(Coder):
         low, step = (buffer.to(v.device, v.dtype) for buffer in (self.low, self.step))
         # The neuron's ramp meets the threshold half a step early (`nearest`).
         potential = torch.sub(v, low).div_(step).add_(0.5).floor_()
-        if self.execution == "stepped":
+        if self.mode == "stepped":
             code = self._stepped(potential)
         else:
             code = potential.clamp_(0, self.steps - 1)
-            if self.counters:
-                self.count(code > 0, code.numel(), 1)
+            if self.heard("fired"):
+                fired = without_padding(code > 0, self.sequence)
+                self.tell_fired(fired, fired.numel(), 1)
         return code.mul_(step).add_(low)
 
     def _stepped(self, potential: Tensor) -> Tensor:
@@ -135,7 +137,8 @@ class Population(Coder):
         code, v = torch.zeros_like(potential), potential.clamp(-1, last)
         for t in range(last):
             s = (v >= last) & (code == 0)
-            self.count(s, s.numel() if t == 0 else 0, 1)
+            fired = without_padding(s, self.sequence)
+            self.tell_fired(fired, fired.numel() if t == 0 else 0, 1)
             code.add_(s, alpha=last - t)
             v += 1
         return code
