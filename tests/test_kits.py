@@ -150,7 +150,7 @@ def test_a_part_that_breaks_the_rules_is_found():
             with torch.no_grad():
                 model[0].weight.mul_(1)
                 model[0].weight.add_(1)
-            return []
+            return {}
 
     net, batch = nn.Sequential(nn.Linear(4, 4)).eval(), torch.rand(3, 4)
     check = PassConformance.test_a_copy_that_shares_memory_is_changed_and_the_original_is_not

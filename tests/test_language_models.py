@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -11,7 +13,7 @@ import spikeplug
 import spikeplug_transformers
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, NonFiniteError, OptionError
 from spikeplug.layers import SpikingLinear
-from spikeplug.site import sites
+from spikeplug.site import in_mode, sites
 from spikeplug_transformers import SpikeConfig
 from spikeplug_transformers.attention import Softmax, spiking_attention
 
@@ -304,7 +306,7 @@ def test_a_model_of_no_known_family_is_captured(ids):
 def test_unknown_part_is_refused_by_name(build, ids):
     model = build()
     model.model.layers[1].mlp.extra = torch.nn.Linear(4, 4)
-    with pytest.raises(ConversionError, match=r"'model\.layers\.1\.mlp\.extra' is a Linear, which has no known role"):
+    with pytest.raises(ConversionError, match=r"'model\.layers\.1\.mlp\.extra' \(Linear\) has no known role"):
         spikeplug.convert(model, "bse", calibration=[ids])
 
 
@@ -344,3 +346,59 @@ def test_lazy_name_of_the_package():
     assert spikeplug_transformers.SpikeConfig is SpikeConfig
     with pytest.raises(AttributeError, match="no attribute 'SpikeConfigs'"):
         _ = spikeplug_transformers.SpikeConfigs
+
+
+@pytest.mark.parametrize("recipe", ["bse", "laser", "mgpc", "qc-a2s"])
+def test_the_plan_is_what_becomes_of_the_model(build, ids, recipe):
+    model = build()
+    with torch.no_grad():
+        before = model(ids).logits
+    options = {"pass_options": {"prefix": {"tokens": [5, 1]}}} if recipe == "qc-a2s" else {}
+    plan = spikeplug.plan(model, recipe, **options)
+    assert plan.problems == ()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    assert not hasattr(model, "conversion")
+    converted = spikeplug.convert(model, recipe, calibration=[ids], **options)
+    assert spikeplug.report(converted) == plan.report
+    assert json.loads(json.dumps(plan.summary()))["problems"] == []
+    if not spikeplug.conversion_of(converted).config.passes:
+        assert spikeplug.report(plan.apply()) == plan.report
+
+
+def test_the_plan_has_all_problems_at_once(build, ids):
+    model = build()
+    model.model.layers[0].mlp.extra = torch.nn.Linear(4, 4)
+    model.model.layers[1].self_attn.adapter = torch.nn.Conv1d(4, 4, 1)
+    plan = spikeplug.plan(model, "bse")
+    assert {each.operation for each in plan.problems} == {
+        "model.layers.0.mlp.extra", "model.layers.1.self_attn.adapter",
+    }  # fmt: skip
+    assert {op.name for op in plan.report.ops if op.role == "spiking"} >= {"lm_head"}
+    for refused in (plan.apply, lambda: spikeplug.convert(model, "bse", calibration=[ids])):
+        with pytest.raises(ConversionError, match=r"(?s)mlp\.extra.*self_attn\.adapter"):
+            refused()
+
+
+@pytest.mark.parametrize("name", ["rotate", "prefix", "defer-softmax"])
+def test_a_model_that_a_pass_rewrote_already_is_refused(build, ids, name):
+    model = build()
+    spikeplug.get_pass(name, **({"tokens": (5, 1)} if name == "prefix" else {})).apply(model)
+    with pytest.raises(ConversionError, match=rf"was rewritten by the pass '{name}' already.*passes=\['{name}'\]"):
+        spikeplug.convert(model, "bse", calibration=[ids])
+    assert [each.remedy for each in spikeplug.plan(model, "bse").problems]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["laser", "qc-a2s"])
+def test_in_the_mode_dense_it_is_the_dense_model(build, ids, recipe):
+    model = build()
+    options = {"passes": []} if recipe == "qc-a2s" else {}
+    converted = spikeplug.convert(model, recipe, calibration=[ids], **options)
+    before, coded = model(ids).logits, converted(ids).logits
+    with in_mode(converted, "dense"), spikeplug.count_spikes(converted) as counts:
+        found = converted(ids).logits
+    assert counts.total == 0
+    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+    assert torch.equal(converted(ids).logits, coded)
+    assert not torch.allclose(coded, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))

@@ -44,8 +44,9 @@ def test_rotation_keeps_the_logits(build, ids, family, options):
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     copied = copy.deepcopy(model)
     assert torch.equal(copied(ids).logits, after)
-    with pytest.raises(ConversionError, match="rotated already"):
-        spikeplug.get_pass("rotate").apply(model)
+    if options.get("online", True):  # within weights alone, two rotations are one
+        with pytest.raises(ConversionError, match="rotated already"):
+            spikeplug.get_pass("rotate").apply(model)
 
 
 def test_rotation_spreads_an_outlier(build, ids):
@@ -102,8 +103,7 @@ def test_outlier_tokens_are_found(build, ids):
         model.model.layers[1].mlp.gate_proj.weight[3, 0] = 40
     ids = ids.clone()
     ids[:, 4], ids[:, 9] = 17, 17
-    spikeplug.get_pass("prefix", threshold=20.0).apply(model, [ids])
-    assert model.config.spikeplug_prefix == [17, 1]
+    assert spikeplug.get_pass("prefix", threshold=20.0).apply(model, [ids]) == {"tokens": [17, 1]}
 
 
 @pytest.mark.parametrize("recipe", ["bse", "mgpc", "laser"])

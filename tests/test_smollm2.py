@@ -111,8 +111,7 @@ def test_prefix_is_the_tokens_ahead_of_the_text_and_costs_nothing():
     windows = language().windows(opened, TEST, seqlen=512, tokens=1024)
     plain = copy.deepcopy(opened.model)
     with torch.no_grad():
-        spikeplug.get_pass("prefix").apply(opened.model, batches)
-        tokens = opened.model.config.spikeplug_prefix
+        tokens = spikeplug.get_pass("prefix").apply(opened.model, batches)["tokens"]
         assert tokens[-1] == opened.model.config.bos_token_id
         assert len(tokens) == 2
         for window in windows:

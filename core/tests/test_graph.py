@@ -274,6 +274,14 @@ def test_diagnosis_names_the_site_that_loses(images):
         sites = {each.site: each for each in spikeplug.diagnose(spiking, [images])}
         assert max(each.error for each in sites.values()) < 0.1
         assert all(sum(each.by_step) == pytest.approx(1) for each in sites.values())
+        if recipe == "rate":
+            spikeplug.set_execution(spiking, "stepped")
+            stepped = spikeplug.diagnose(spiking, [images])
+            assert [each.site for each in stepped] == list(sites)
+            for each in stepped:
+                assert each.spikes == pytest.approx(sites[each.site].spikes, rel=1e-3)
+                assert each.error == pytest.approx(sites[each.site].error, rel=1e-2, abs=1e-5)
+            spikeplug.set_execution(spiking, "fused")
         name = "relu" if recipe == "flowing" else "depthwise"
         site = next(module for module in spiking.modules() if getattr(module, "name", "") == name)
         site.set_params({**dict(site.named_buffers()), "scale": site.scale / 20})
@@ -286,6 +294,22 @@ def test_diagnosis_names_the_site_that_loses(images):
     layers = spikeplug.convert(everything(), "rate", calibration=[images], structure="layers")
     with pytest.raises(ConversionError, match="was not captured as a graph"):
         spikeplug.diagnose(layers, [])
+
+
+def test_a_layer_that_is_called_twice_is_compared_with_itself_each_time():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(3 * torch.tanh(self.conv(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    batch = torch.randn(4, 3, 8, 8)
+    spiking = spikeplug.convert(Twice().eval(), "rate", calibration=[batch], steps=4096)
+    found = spikeplug.diagnose(spiking, [batch, batch[:1]])
+    assert max(each.error for each in found) < 0.01
 
 
 def test_shared_layer_keeps_shared_weights(images):

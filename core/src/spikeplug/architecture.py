@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
+
+if TYPE_CHECKING:
+    from spikeplug.conversion.plan import Plan
 
 Watch = Callable[[str, int, int | None], None]
 """Follows long work: the stage, how much of it is done, and of how much, where that is known."""
@@ -28,6 +31,19 @@ class Architecture(ABC):
 
     target: ClassVar[str]
     """The kind of network, as in `Recipe.targets`."""
+
+    @abstractmethod
+    def plan(self, model: torch.nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
+        """What a conversion would make of a model, of which nothing is changed.
+
+        Args:
+            batches: as of `prepare`; a network that is captured needs the first one.
+
+        Raises:
+            OptionError: the configuration names what is not there.
+            CalibrationError: an example is missing.
+            ConversionError: the model cannot be planned at all.
+        """
 
     @abstractmethod
     def prepare(

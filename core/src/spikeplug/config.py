@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -183,6 +183,19 @@ class ConversionConfig(pydantic.BaseModel):
     def build_passes(self) -> list[Pass]:
         """The passes, in order. Raises as `resolve`."""
         return [plugins.get_pass(name, **self.pass_options.get(name, {})) for name in self.passes]
+
+    def apply_passes(self, model: torch.nn.Module, batches: Sequence[Any]) -> ConversionConfig:
+        """Rewrite a model in place; return the configuration, with what the passes found among their options.
+
+        Raises:
+            SpikeplugError: a pass cannot be applied.
+        """
+        options = dict(self.pass_options)
+        for each in self.build_passes():
+            found = each.apply(model, batches)
+            if found:
+                options[each.name] = {**options.get(each.name, {}), **found}
+        return self.model_copy(update={"pass_options": options})
 
     def build_approximators(self) -> dict[str, Approximator]:
         """The approximators by their name.

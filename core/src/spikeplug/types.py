@@ -241,8 +241,8 @@ class Pass(Protocol):
 
     name: ClassVar[str]
 
-    def apply(self, model: torch.nn.Module, batches: Sequence[Any] = ()) -> list[str]:
-        """Rewrite a model in place; return the names of the modules that were folded away.
+    def apply(self, model: torch.nn.Module, batches: Sequence[Any] = ()) -> dict[str, Any]:
+        """Rewrite a model in place; return what it found, as options that make the same again without the data.
 
         The model is a copy that shares the memory of its tensors with the user's: give modules new parameters, and
         write into none.

@@ -47,7 +47,7 @@ def convert_command(
         Path | None, typer.Option(help="File to keep what sites saw in; read where it exists, for another recipe.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Image network: print the plan and what speaks against it; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan and what speaks against it; write nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")] = False,
     dtype: Dtype = "auto",
@@ -61,7 +61,7 @@ def convert_command(
 
     config = ConversionConfig.resolve(recipe, settings(setting))
     if dry_run:
-        _plan(model, recipe, config, images, weights, as_json)
+        _plan(model, recipe, config, images, weights, dtype, as_json)
         return
     if out is None:
         raise OptionError("where to write is missing: give --out FOLDER, or --dry-run to write nothing")
@@ -93,11 +93,16 @@ def _say_converted(found: ConversionReport, config: ConversionConfig, out: Path,
         typer.echo(f"wrote {out}")
 
 
-def _plan(model: str, recipe: str, config: Any, images: Path | None, weights: Path | None, as_json: bool) -> None:
-    """Print what a conversion would make of an image network; end with status 1 where something speaks against it."""
+def _plan(
+    model: str, recipe: str, config: Any, images: Path | None, weights: Path | None, dtype: str, as_json: bool
+) -> None:
+    """Print what a conversion would make of a network; end with status 1 where something speaks against it."""
+    from spikeplug.conversion.verbs import plan
+
     if images is None:
-        raise OptionError("--dry-run plans image networks: give --images FOLDER; language models have no plan yet")
-    found = vision().planned(model, recipe, config, images, weights=weights)
+        found = plan(language().open(model, dtype=dtype, device="cpu").model, config)
+    else:
+        found = vision().planned(model, recipe, config, images, weights=weights)
     if as_json:
         print_json(found.summary())
     else:

@@ -5,6 +5,7 @@ What is computed between layers is not known and stays dense; the report says so
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.site import Coder, Site
 
 from .networks import WEIGHTS, as_call, fill_sites
+from .plan import Plan, Problem
 from .record import Conversion, conversion_of
 from .sharing import own, shared_copy
 
@@ -47,10 +49,29 @@ class Layers(Architecture):
 
     target: ClassVar[str] = "module"
 
+    def plan(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
+        """What a conversion would make of the network. Raises as `prepare`, but for modules of no known role."""
+        model = unwrapped(model)
+        self._check(model, config, batches)
+        problems = tuple(_problems(model, config))
+        named = config.model_copy(update={"exclude": (*config.exclude, *(each.operation for each in problems))})
+        found = conversion_of(_made(shared_copy(model), named, _counted(model, batches[0])))
+        make = functools.partial(self.prepare, model, config, batches)
+        return Plan(type(model).__name__, config, found.report, problems, make)
+
     def prepare(
         self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
     ) -> nn.Module:
         model = unwrapped(model)
+        self._check(model, config, batches)
+        for problem in _problems(model, config):
+            raise ConversionError(str(problem))
+        macs = _counted(model, batches[0])
+        model = model if inplace else shared_copy(model)
+        config = config.apply_passes(model, batches)
+        return _made(model, config, macs)
+
+    def _check(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> None:
         names = [name for name, module in model.named_modules() if type(module) in SPIKING]
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
@@ -58,28 +79,9 @@ class Layers(Architecture):
             raise OptionError(f"structure='layers': trains of '{config.encoder}' flow through captured networks only")
         if any(name != "exact" for name in config.approximators.values()):
             raise OptionError("structure='layers' has no approximators: operations between layers are not known")
-        unknown = dict(_unknown(model))
-        config.check_patterns({**dict.fromkeys(names, ("input",)), **dict.fromkeys(unknown, ("module",))})
-        for name, module in unknown.items():
-            if not config.excludes(name, "module"):
-                raise ConversionError(
-                    f"module '{name}' ({type(module).__name__}) owns parameters and has no spiking form: "
-                    f"list it under exclude to leave it dense. {_choices()}"
-                )
+        config.check_patterns({**dict.fromkeys(names, ("input",)), **dict.fromkeys(dict(_unknown(model)), ("module",))})
         if not batches:
             raise CalibrationError("the first batch counts the operations: give calibration=batches, or example=batch")
-        macs = _counted(model, batches[0])
-        model = model if inplace else shared_copy(model)
-        for each in config.build_passes():
-            each.apply(model, batches)
-        for name in names:
-            if not config.excludes(name, "input"):
-                encoder, neuron = config.build(name, "input")
-                layer = model.get_submodule(name)
-                make_spiking(layer, Site(name, "input", encoder, neuron, channels_of(layer)))
-        report = ConversionReport(config.recipe, tuple(_ops(model, macs)), "sample")
-        model.conversion = Conversion(config, report, "layers")  # type: ignore[assignment]
-        return model
 
     def feed(self, model: nn.Module, batch: Any) -> Any:
         args, kwargs = as_call(model, batch)
@@ -99,15 +101,35 @@ class Layers(Architecture):
         if options or not isinstance(model, nn.Module):
             raise BundleError(f"{folder} was converted layer by layer: give the dense network as load(path, model=net)")
         model = shared_copy(unwrapped(model))
-        for name, module in list(model.named_modules()):
-            if type(module) in SPIKING and not config.excludes(name, "input"):
-                encoder, neuron = config.build(name, "input")
-                make_spiking(module, Site(name, "input", encoder, neuron, channels_of(module)))
+        _code_inputs(model, config)
         rows = json.loads((folder / REPORT).read_text())
         ops = tuple(Op(**{**row, "sites": tuple(row["sites"])}) for row in rows)
         model.conversion = Conversion(config, ConversionReport(config.recipe, ops, "sample"), "layers")  # type: ignore[assignment]
         _restore(model, folder)
         return model
+
+
+def _made(model: nn.Module, config: ConversionConfig, macs: dict[str, int]) -> nn.Module:
+    """Code every layer's input, and put the record of that on the model."""
+    _code_inputs(model, config)
+    report = ConversionReport(config.recipe, tuple(_ops(model, macs)), "sample")
+    model.conversion = Conversion(config, report, "layers")  # type: ignore[assignment]
+    return model
+
+
+def _code_inputs(model: nn.Module, config: ConversionConfig) -> None:
+    for name, module in list(model.named_modules()):
+        if type(module) in SPIKING and not config.excludes(name, "input"):
+            encoder, neuron = config.build(name, "input")
+            make_spiking(module, Site(name, "input", encoder, neuron, channels_of(module)))
+
+
+def _problems(model: nn.Module, config: ConversionConfig) -> Iterator[Problem]:
+    for name, module in _unknown(model):
+        if not config.excludes(name, "module"):
+            reason = "owns parameters and has no spiking form"
+            remedy = f"list it under exclude to leave it dense. {_choices()}"
+            yield Problem(name, type(module).__name__, "", reason, remedy)
 
 
 def _restore(model: nn.Module, folder: Path) -> None:

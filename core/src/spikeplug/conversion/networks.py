@@ -34,10 +34,13 @@ class Networks(Architecture):
 
     def plan(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
         """What a conversion would make of the network, the first batch its example. Raises as `plan_network`."""
-        passes = config.build_passes()
-        model = shared_copy(unwrapped(model)) if passes else model
-        for each in passes:
-            each.apply(model, batches)
+        if not batches:
+            raise CalibrationError(
+                f"{type(model).__name__} is captured on an example: give calibration=batches, or example=batch"
+            )
+        if config.passes:
+            model = shared_copy(unwrapped(model))
+            config = config.apply_passes(model, batches)
         args, kwargs = as_call(model, batches[0])
         return plan_network(model, config, args, kwargs)
 
@@ -46,10 +49,6 @@ class Networks(Architecture):
     ) -> nn.Module:
         if inplace:
             raise OptionError("inplace=True is for language models: a captured network shares its tensors as it is")
-        if not batches:
-            raise CalibrationError(
-                f"{type(model).__name__} is captured on an example: give calibration=batches, or example=batch"
-            )
         return self.plan(model, config, batches).apply()
 
     def feed(self, model: nn.Module, batch: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class Problem:
     def __str__(self) -> str:
         where = f" at {self.line}" if self.line else ""
         what = f"operation '{self.operation}' ({self.type}{where}) " if self.operation else ""
+        what = what or (f"{self.type} " if self.type else "")
         return f"{what}{self.reason}: {self.remedy}"
 
 
@@ -62,14 +64,14 @@ class Plan:
         network: class of the network.
         report: every operation with its role, and the delay.
         problems: everything that speaks against the conversion; `apply` refuses where there is any.
+        make: makes the converted network.
     """
 
     network: str
     config: ConversionConfig
     report: ConversionReport
     problems: tuple[Problem, ...]
-    captured: Captured = dataclasses.field(repr=False)
-    folded: Mapping[str, str] = dataclasses.field(repr=False)
+    make: Callable[[], nn.Module] = dataclasses.field(repr=False)
 
     def check(self) -> None:
         """Raises ConversionError: there are problems; the message has all of them."""
@@ -82,14 +84,14 @@ class Plan:
                 else "\n".join([f"{head}, {len(few)} problems:", *(f"  {each}" for each in few)])
             )
 
-    def apply(self) -> SpikingGraph:
+    def apply(self) -> nn.Module:
         """The converted network, not yet calibrated: a new module, which shares the tensors that no rewrite changed.
 
         Raises:
             ConversionError: there are problems.
         """
         self.check()
-        return build(self.captured, self.folded, self.config)
+        return self.make()
 
     def summary(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -116,7 +118,7 @@ def plan_network(model: nn.Module, config: ConversionConfig, args: tuple[Any, ..
     _check_patterns(draft, config)
     network = build(captured, folded, config.model_copy(update={"exclude": (*config.exclude, *_named(problems))}))
     report = network.conversion.report
-    return Plan(captured.name, config, report, problems, captured, folded)
+    return Plan(captured.name, config, report, problems, functools.partial(build, captured, folded, config))
 
 
 def _named(problems: tuple[Problem, ...]) -> tuple[str, ...]:

@@ -150,24 +150,21 @@ class _Batches:
         return itertools.chain(ahead, rest)
 
 
-def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any, **options: Any) -> Plan:
+def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any = None, **options: Any) -> Plan:
     """What `convert` would make of a network, and everything that speaks against it; nothing is changed.
 
     Args:
-        example: a batch, as of `convert`.
+        example: a batch, as of `convert`; language models need none.
 
     Raises:
-        UnknownNameError, OptionError, NonFiniteError: as `convert`.
-        ConversionError: the network cannot be captured, or is no network that is captured.
+        UnknownNameError, OptionError, NonFiniteError, CalibrationError: as `convert`.
+        ConversionError: the network cannot be captured.
     """
     config = ConversionConfig.resolve(recipe, options)
     _require_dense(model)
-    architecture = architecture_of(model)
+    architecture = _chosen(model, config)
     refuse_target(recipe, architecture)
-    if not hasattr(architecture, "plan"):
-        raise ConversionError(f"{type(model).__name__} is converted by its family, of which there is no plan yet")
-    found: Plan = architecture.plan(model, config, [example])
-    return found
+    return architecture.plan(model, config, [] if example is None else [example])
 
 
 def _require_dense(model: nn.Module) -> None:

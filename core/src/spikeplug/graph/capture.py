@@ -205,9 +205,9 @@ def _exported(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mappin
     raise ConversionError(f"{name} cannot be captured: {_reason(failure)}") from failure
 
 
-LONGEST = 300
-"""Characters of a size's formula above which the sizes of images are fixed: padding as TensorFlow has it makes them
-grow threefold with every strided layer, and a capture takes minutes."""
+LONGEST = 80
+"""Characters of a size's formula above which the sizes of images are fixed: padding to
+a multiple (TensorFlow's convolutions, Swin) makes them grow with every layer, and a capture takes minutes."""
 
 
 class _TooComplexError(Exception):

@@ -104,7 +104,7 @@ def _kind(node: fx.Node, rules: dict[str, Rule], known: dict[fx.Node, Kind], dep
         return SIZE
     rule = rules.get(name_of(node))
     kind = rule(node) if callable(rule) else rule
-    if kind is not None and kind.kind == "lookup":
+    if kind is not None and kind.kind in ("lookup", "size"):
         return kind
     acts = [each for each in node.all_input_nodes if known[each].kind != "size"]
     if not acts:

@@ -32,6 +32,7 @@ RULES: dict[str, str] = {
     "rounded_division": "div.Tensor_mode div.Scalar_mode floor_divide",
     "MATMUL": "matmul bmm mm",
     "LOOKUP": "embedding",
+    "SIZE": "new_zeros new_ones new_full new_empty",
     "RECURRENT": "lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_relu.input lstm_cell gru_cell",
     "pointwise": """
         leaky_relu elu gelu silu sigmoid tanh softplus hardswish hardsigmoid mish prelu _prelu_kernel selu celu
@@ -47,9 +48,9 @@ RULES: dict[str, str] = {
     "reduction": """
         softmax.int _softmax _safe_softmax log_softmax.int _log_softmax layer_norm rms_norm group_norm instance_norm
         _native_batch_norm_legit.no_stats native_layer_norm native_group_norm linalg_vector_norm norm.ScalarOpt_dim
-        var.dim var.correction std.dim std.correction var_mean.dim var_mean.correction max.dim min.dim amin max min
+        var.dim var.correction std.dim std.correction var_mean.dim var_mean.correction max.dim min.dim amax amin aminmax max min
         adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-        logsumexp prod prod.dim_int argmax topk sort cumprod cosine_similarity lp_pool2d local_response_norm""",
+        logsumexp prod prod.dim_int argmax argmin argsort median.dim topk sort cumprod cosine_similarity lp_pool2d local_response_norm""",
 }
 """Rule of `spikeplug.graph.operations` -> the operations it is for; the overload `default` is not written."""
 

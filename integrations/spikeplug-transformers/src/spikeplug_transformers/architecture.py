@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from spikeplug.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.plan import Plan, Problem
 from spikeplug.conversion.sharing import shared_copy
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
 
 from . import source, text
 from .attention import IMPLEMENTATION
-from .family import check, make_model_spiking, needs_our_attention
+from .family import check, check_options, fill, make_model_spiking, needs_our_attention, rewritten, strangers
 from .quantizer import SpikeConfig, SpikeQuantizer
 
 
@@ -26,14 +28,25 @@ class Transformers(LanguageArchitecture):
 
     target: ClassVar[str] = "lm"
 
+    def plan(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
+        """What a conversion would make of the model; every module of no known role is a problem."""
+        check_options(model, config)
+        skeleton = shared_copy(model)
+        for each in config.build_passes():
+            each.skeleton(skeleton)
+        report = fill(skeleton, config).report
+        problems = (*_unfit(model), *strangers(model))
+        make = functools.partial(self.prepare, model, config, batches)
+        return Plan(type(model).__name__, config, report, problems, make)
+
     def prepare(
         self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
     ) -> nn.Module:
-        _refuse_unfit(model)
+        for problem in _unfit(model):
+            raise ConversionError(str(problem))
         check(model, config)  # before a pass changes anything
         model = model if inplace else shared_copy(model)
-        for each in config.build_passes():
-            each.apply(model, batches)
+        config = config.apply_passes(model, batches)
         make_model_spiking(model, config)
         if needs_our_attention(config):
             model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
@@ -112,13 +125,21 @@ class Transformers(LanguageArchitecture):
         return text.evaluate(opened, path, seqlen=seqlen, tokens=tokens, watch=watch)
 
 
-def _refuse_unfit(model: nn.Module) -> None:
+def _unfit(model: nn.Module) -> Iterator[Problem]:
+    """What speaks against a model as a whole."""
+    name = type(model).__name__
     method = getattr(getattr(model, "config", None), "quantization_config", None)
     if method is not None:
-        name = getattr(method, "quant_method", method)
-        raise ConversionError(f"the model is quantized already ({name}): convert the one it was made from")
+        reason = f"is quantized already ({getattr(method, 'quant_method', method)})"
+        yield Problem("", name, "", reason, "convert the model it was made from")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ConversionError(
-            "the model was dispatched by accelerate (device_map): swapping its modules now would be silently wrong. "
-            "Load it with from_pretrained(..., quantization_config=SpikeConfig(...), device_map=...) and calibrate it"
+        yield Problem(
+            "",
+            name,
+            "",
+            "was dispatched by accelerate (device_map): swapping its modules now would be silently wrong",
+            "load it with from_pretrained(..., quantization_config=SpikeConfig(...), device_map=...) and calibrate it",
         )
+    for each in rewritten(model):
+        reason = f"was rewritten by the pass '{each}' already, which a saved conversion would not know"
+        yield Problem("", name, "", reason, f"convert the model it was made from, with passes=['{each}']")

@@ -32,8 +32,8 @@ OPERANDS = {
 PREFIX = ("prefix_key", "prefix_value")
 """Buffers of an attention block that hold keys and values `[H_kv, P, D]` of the prefix, where there is one."""
 
-DEFERRED = "spikeplug_deferred"
-"""Attribute of an attention block whose softmax is divided behind the product with v (the pass `defer-softmax`)."""
+DIVISION = "division"
+"""Module of an attention block whose softmax is divided behind the product with v (the pass `defer-softmax`)."""
 
 REFUSED = ("softcap", "s_aux", "head_mask", "position_bias")
 """Arguments of transformers' attention functions that change the result and have no form here."""
@@ -70,7 +70,7 @@ def spiking_attention(
     ahead = [getattr(module, name).to(key.dtype) for name in PREFIX if hasattr(module, name)]
     if ahead and attention_mask is not None:
         attention_mask = F.pad(attention_mask, (ahead[0].shape[1], 0))
-    deferred = getattr(module, DEFERRED, False)
+    division = getattr(module, DIVISION, None)
 
     # One product for the query heads that share a key head: [B, H_kv, groups * S, D] x [B, H_kv, D, K].
     def rows(x: Tensor, _: int) -> Tensor:
@@ -85,7 +85,7 @@ def spiking_attention(
     def values(x: Tensor, step: int) -> Tensor:
         x = _behind(ahead[1], x, step) if ahead else x
         # A column of ones sums the coded probabilities.
-        return F.pad(x, (0, 1), value=float(step == 0)).mT if deferred else x.mT
+        return F.pad(x, (0, 1), value=float(step == 0)).mT if division is not None else x.mT
 
     scores, _ = matrix_product_of(
         Operand(_site(module, "query"), query, queries), Operand(_site(module, "key"), key, keys, new)
@@ -94,15 +94,15 @@ def spiking_attention(
     if attention_mask is not None:
         scores = scores.add_(attention_mask)
     probabilities = module.softmax(scores)
-    if deferred:
+    if division is not None:
         probabilities = probabilities / probabilities.amax(-1, keepdim=True)
     probabilities = F.dropout(probabilities, dropout, module.training)
     output, coded = matrix_product_of(
         Operand(_site(module, "probabilities"), probabilities, rows),
         Operand(_site(module, "value"), value, values, new),
     )
-    if deferred:
-        output, coded = output[..., :size] / output[..., size:], None
+    if division is not None:
+        output, coded = division(output), None
     output = output.to(query.dtype).view(batch, heads, length, size).transpose(1, 2).contiguous()
     return output, coded if coded is None else coded.view(batch, heads, length, -1)
 
@@ -118,6 +118,14 @@ def _behind(prefix: Tensor, x: Tensor, step: int) -> Tensor:
     """The prefix `[H_kv, P, D]`, which is floating point and seen by every token, ahead of `x`."""
     ahead = prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1)
     return torch.cat([ahead if step == 0 else torch.zeros_like(ahead), x], dim=2)
+
+
+class Division(nn.Module):
+    """Divides the output of attention by its last column, the sum of the coded weights."""
+
+    def forward(self, output: Tensor) -> Tensor:
+        """`[..., D + 1] -> [..., D]`."""
+        return output[..., :-1] / output[..., -1:]
 
 
 class Softmax(nn.Module):

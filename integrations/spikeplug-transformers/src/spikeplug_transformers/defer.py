@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from .attention import DEFERRED, IMPLEMENTATION, plain_softmax
+from .attention import DIVISION, IMPLEMENTATION, Division, plain_softmax
 from .family import attention_blocks, refuse_strangers
 
 
@@ -21,15 +21,15 @@ class DeferSoftmax:
 
     name: ClassVar[str] = "defer-softmax"
 
-    def apply(self, model: Any, batches: Sequence[Any] = ()) -> list[str]:
-        """Change every attention block in place; nothing is folded away. Raises ConversionError as other passes do."""
+    def apply(self, model: Any, batches: Sequence[Any] = ()) -> dict[str, Any]:
+        """Change every attention block in place. Raises ConversionError as other passes do."""
         refuse_strangers(model)
         self.skeleton(model)
         model.set_attn_implementation(IMPLEMENTATION)
-        return []
+        return {}
 
     def skeleton(self, model: Any) -> None:
         """The same on a model whose weights are not there yet."""
         for _, block in attention_blocks(model):
-            setattr(block, DEFERRED, True)
+            setattr(block, DIVISION, Division())
             plain_softmax(block)

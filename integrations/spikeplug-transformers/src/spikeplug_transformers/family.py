@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.plan import Problem
 from spikeplug.conversion.record import Conversion
 from spikeplug.coverage import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
@@ -21,7 +23,7 @@ from spikeplug.padding import real_positions
 from spikeplug.site import Coder, Site
 
 from . import FAMILY
-from .attention import DEFERRED, OPERANDS, Softmax, refuse_other_attention
+from .attention import DIVISION, OPERANDS, PREFIX, Softmax, refuse_other_attention
 
 READERS = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -51,12 +53,7 @@ def attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every place of a model that can be coded, in the order of the data.
-
-    Raises:
-        ConversionError: the model is not of the family; the message says what was found.
-    """
-    refuse_strangers(model)
+    """Every place of a model that can be coded, in the order of the data."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, nn.Embedding):
@@ -74,23 +71,41 @@ def places(model: nn.Module) -> Iterator[Place]:
             yield Place(name, "head", module, (name,))
 
 
-def refuse_strangers(model: nn.Module) -> None:
-    """Every module with parameters must be one that the conversion knows the role of. Raises ConversionError."""
+def strangers(model: nn.Module) -> Iterator[Problem]:
+    """Every module with parameters must be one that the conversion knows the role of: those that are not."""
     found = getattr(model.config, "model_type", "?")
     expected = {f"{block}.{name}" for block, groups in READERS.items() for group in groups for name in group}
     if found not in FAMILY or type(model).__name__.removesuffix("ForCausalLM") == type(model).__name__:
         kinds = listed({type(module).__name__ for module in model.modules()})
-        raise ConversionError(
-            f"{type(model).__name__} of type '{found}' is not a causal language model of the LLaMA family "
-            f"({listed(FAMILY)}). Its parts: {kinds}"
-        )
+        reason = f"of type '{found}' is not a causal language model of the LLaMA family ({listed(FAMILY)})"
+        yield Problem("", type(model).__name__, "", reason, f"give one that is. Its parts: {kinds}")
+        return
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
             continue
         place = ".".join(name.split(".")[-2:])
         known = type(module) is nn.Linear and (place in expected or name == "lm_head")
         if not known and type(module) is not nn.Embedding and not type(module).__name__.endswith("RMSNorm"):
-            raise ConversionError(f"'{name}' is a {type(module).__name__}, which has no known role in this family")
+            remedy = "convert the model without it, such as one whose adapters are merged"
+            yield Problem(name, type(module).__name__, "", "has no known role in this family", remedy)
+
+
+def refuse_strangers(model: nn.Module) -> None:
+    """Raise ConversionError where a module has no known role; the message names all of them."""
+    found = [str(problem) for problem in strangers(model)]
+    if found:
+        raise ConversionError("\n".join(found))
+
+
+def rewritten(model: nn.Module) -> list[str]:
+    """Passes whose work is found in a model."""
+    names = {name.rpartition(".")[2] for name, _ in itertools.chain(model.named_modules(), model.named_buffers())}
+    traces = {"rotate": ROTATION, "prefix": PREFIX[0], "defer-softmax": DIVISION}
+    return [each for each, trace in traces.items() if trace in names]
+
+
+ROTATION = "down_rotation"
+"""Module of an MLP block that rotates the input of its last layer (the pass `rotate`)."""
 
 
 def check(model: nn.Module, config: ConversionConfig) -> None:
@@ -99,6 +114,12 @@ def check(model: nn.Module, config: ConversionConfig) -> None:
     Raises:
         ConversionError, OptionError: the model or an exclude pattern does not fit.
     """
+    refuse_strangers(model)
+    check_options(model, config)
+
+
+def check_options(model: nn.Module, config: ConversionConfig) -> None:
+    """Raises OptionError: a pattern names what is not there, or an option of a pass is wrong."""
     found = list(places(model))
     names = {place.name: place.kind for place in found}
     names |= {reader: place.kind for place in found for reader in place.readers}
@@ -113,21 +134,28 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
     Works on a model whose weights are not loaded yet. Raises as `check`.
     """
     check(model, config)
+    fill(model, config)
+    if needs_our_attention(config):
+        for _, block in attention_blocks(model):
+            block.register_forward_pre_hook(refuse_other_attention)
+    for name in SETTERS:
+        setattr(model, name, _refuse_setter)
+    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
+    model.register_forward_hook(_forget_padding, always_call=True)
+
+
+def fill(model: nn.Module, config: ConversionConfig) -> Conversion:
+    """Put sites and approximated operations in place, and the record of that on the model; return it."""
     modules = dict(model.named_modules())
     for place in list(places(model)):
         _fill(place, config, modules)
     for _, block in attention_blocks(model):
         block.softmax = Softmax()
     replaced = approximate(model, config, _operations(model))
-    if needs_our_attention(config):
-        for _, block in attention_blocks(model):
-            block.register_forward_pre_hook(refuse_other_attention)
     report = ConversionReport(config.recipe, tuple(_ops(model, replaced)), f"token at context {CONTEXT}", _delay(model))
-    model.conversion = Conversion(config, report, "transformers")  # type: ignore[assignment]
-    for name in SETTERS:
-        setattr(model, name, _refuse_setter)
-    model.register_forward_pre_hook(_note_padding, with_kwargs=True)
-    model.register_forward_hook(_forget_padding, always_call=True)
+    conversion = Conversion(config, report, "transformers")
+    model.conversion = conversion  # type: ignore[assignment]
+    return conversion
 
 
 _PADDING: contextvars.ContextVar[tuple[contextlib.ExitStack, ...]] = contextvars.ContextVar("padding", default=())
@@ -264,6 +292,6 @@ def _products(name: str, attention: Any) -> Iterator[Op]:
         note = next((dynamic_note(site.encoder) for site in found if site is not None), "")
         if coded and role == "dense":
             note = "one operand is coded, the other excluded: the product counts as dense"
-        if product == "p·v" and getattr(attention, DEFERRED, False):
+        if product == "p·v" and hasattr(attention, DIVISION):
             note = "; ".join(filter(None, [note, "divided by the sum of its coded weights (defer-softmax)"]))
         yield Op(f"{name}.{product}", "product of activations", role, macs, coded[0] if coded else "", note)

@@ -54,8 +54,8 @@ class Prefix:
         if not 1 <= self.limit <= 64:
             raise OptionError(f"limit={self.limit}: a whole number from 1 to 64 is needed")
 
-    def apply(self, model: Any, batches: Sequence[Any] = ()) -> list[str]:
-        """Store the prefix; nothing is folded away.
+    def apply(self, model: Any, batches: Sequence[Any] = ()) -> dict[str, Any]:
+        """Store the prefix; return its tokens.
 
         Raises:
             CalibrationError: no batch of token ids to find the tokens on.
@@ -77,10 +77,9 @@ class Prefix:
         for (_, block), layer in zip(attention_blocks(model), cache.layers, strict=True):
             for name, tensor in zip(PREFIX, (layer.keys, layer.values), strict=True):
                 block.register_buffer(name, tensor[0].clone())
-        model.config.spikeplug_prefix = list(tokens)
         self.skeleton(model)
         model.set_attn_implementation(IMPLEMENTATION)
-        return []
+        return {"tokens": list(tokens)}
 
     def skeleton(self, model: Any) -> None:
         """Put in place what attention by the implementation that sees the prefix needs."""

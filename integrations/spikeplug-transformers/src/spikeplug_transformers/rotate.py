@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spikeplug.errors import ConversionError
 
-from .family import refuse_strangers
+from .family import ROTATION, refuse_strangers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Rotate:
 
     name: ClassVar[str] = "rotate"
 
-    def apply(self, model: Any, batches: Sequence[Any] = ()) -> list[str]:
-        """Rotate in place; nothing is folded away.
+    def apply(self, model: Any, batches: Sequence[Any] = ()) -> dict[str, Any]:
+        """Rotate in place.
 
         Raises:
             ConversionError: the model is not of the family, or is rotated already.
         """
         refuse_strangers(model)
-        if getattr(model.config, "spikeplug_rotated", False):
+        if any(hasattr(layer.mlp, ROTATION) for layer in model.model.layers):
             raise ConversionError("the model is rotated already")
         untie(model)
         size = model.config.hidden_size
@@ -77,15 +77,14 @@ class Rotate:
             weight = body.embed_tokens.weight
             rewrite(body.embed_tokens, "weight", weight.double() @ rotation.to(weight.device))
         self.skeleton(model)
-        model.config.spikeplug_rotated = True
-        return []
+        return {}
 
     def skeleton(self, model: Any) -> None:
         """Put the online rotations in place, which no weight holds."""
         if self.online:
             for layer in model.model.layers:
                 rotation = OnlineRotation(layer.mlp.down_proj.in_features, self.seed)
-                layer.mlp.down_rotation = rotation
+                setattr(layer.mlp, ROTATION, rotation)
                 layer.mlp.down_proj.register_forward_pre_hook(_RotateInput(rotation))
 
 

@@ -41,8 +41,8 @@ class QuantizeWeights:
         if self.group < 0:
             raise OptionError(f"group={self.group}: a whole number of at least 0 is needed")
 
-    def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> list[str]:
-        """Round in place; nothing is folded away.
+    def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> dict[str, Any]:
+        """Round in place.
 
         Raises:
             OptionError: torchao is not installed, or a row is no multiple of the group.
@@ -71,7 +71,7 @@ class QuantizeWeights:
             whole = quantize_affine(weight, block, scale, zero, torch.int8, low, high)
             rounded = dequantize_affine(whole, block, scale, zero, torch.int8, low, high)
             rewrite(module, "weight", rounded)
-        return []
+        return {}
 
     def skeleton(self, model: nn.Module) -> None:
         """Nothing: the weights that are stored are the rounded ones."""
