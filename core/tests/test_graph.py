@@ -551,3 +551,36 @@ def test_new_weights_are_seen(images):
     layer = spiking.get_submodule("head")
     layer.weight = nn.Parameter(layer.weight * 2)
     assert not torch.equal(spiking(images), before)
+
+
+class Blocks(nn.Module):
+    """Attention within blocks of an image, by einsum, with a bias of places, as MaxViT has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.qkv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 24), nn.Linear(8, 4)
+        self.bias = nn.Parameter(torch.randn(2, 4, 4))
+
+    def forward(self, x):
+        x = self.conv(x)
+        b, c, h, w = x.shape
+        x = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(b, (h // 2) * (w // 2), 4, c)
+        b, g, n, d = x.shape
+        q, k, v = (each.reshape(b, g, n, 2, 4).permute(0, 1, 3, 2, 4) for each in self.qkv(x).chunk(3, -1))
+        p = (torch.einsum("bghid,bghjd->bghij", q, k) / 2 + self.bias.unsqueeze(0)).softmax(-1)
+        y = torch.einsum("bghij,bghjd->bghid", p, v).permute(0, 1, 3, 2, 4).reshape(b, g, n, d)
+        return self.head(y.mean((1, 2)))
+
+
+@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("samples", [2, 3])
+def test_no_rewrite_fixes_the_number_of_samples(recipe, samples):
+    torch.manual_seed(0)
+    net, batch = Blocks().eval(), torch.randn(6, 3, 8, 8)
+    spiking = spikeplug.convert(net, recipe, calibration=[batch], example=batch[:samples], steps=512)
+    for count in (1, 2, 5):
+        with torch.no_grad(), in_mode(spiking, "dense"):
+            torch.testing.assert_close(spiking(batch[:count]), net(batch[:count]), rtol=1e-4, atol=1e-5)
+        assert (spiking(batch[:count]) - net(batch[:count])).norm() < 0.05 * net(batch[:count]).norm()
+    with pytest.raises(OptionError):
+        spiking(batch[0])

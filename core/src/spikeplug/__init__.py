@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spikeplug.costs import CostModel, EnergyReport, energy
     from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
+    from spikeplug.listeners import Listener, listening
     from spikeplug.observed import load_observed, save_observed
     from spikeplug.plugins import (
         get_approximator,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         get_recipe,
         get_trainer,
     )
+    from spikeplug.site import in_mode
     from spikeplug.stats import ActivationStats
     from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
@@ -58,11 +60,13 @@ _HOME = {
     "diagnosis": ("diagnose",),
     "costs": ("CostModel", "EnergyReport", "energy"),
     "errors": ("SpikeplugError",),
+    "listeners": ("Listener", "listening"),
     "observed": ("load_observed", "save_observed"),
     "plugins": (
         *("get_approximator", "get_encoder", "get_exporter", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
     ),
     "coverage": ("ConversionReport",),
+    "site": ("in_mode",),
     "stats": ("ActivationStats",),
     "types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
 }
@@ -79,6 +83,7 @@ __all__ = [
     "CostModel",
     "Encoder",
     "EnergyReport",
+    "Listener",
     "Neuron",
     "Plan",
     "Problem",
@@ -100,6 +105,8 @@ __all__ = [
     "get_recipe",
     "get_trainer",
     "hookimpl",
+    "in_mode",
+    "listening",
     "load",
     "load_observed",
     "observe",

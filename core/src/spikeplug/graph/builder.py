@@ -64,6 +64,11 @@ class Builder:
         self.graph.erase_node(node)
 
 
+def sizes_of(node: fx.Node) -> tuple[str, ...]:
+    """Sizes of what an operation gives, as text: to ask whether two of them are equal numbers would fix them."""
+    return tuple(str(size) for size in node.meta["val"].shape)
+
+
 def function_of(node: fx.Node) -> str:
     """What the function of an operation is called."""
     schema = getattr(node.target, "_schema", None)

@@ -114,6 +114,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     captured = _read(model, name, program, signature)
     normalize(captured)
     describe(captured, model)
+    # A rewrite that asks for a size fixes it: better refused than another network for another number of samples.
+    captured.batch = next(each.meta["dims"] for each in captured.inputs if each.meta["dims"])[0]
     return captured
 
 

@@ -93,7 +93,7 @@ def guards_of(inputs: Sequence[fx.Node]) -> tuple[Guard, ...]:
             if not named:
                 continue
             expression = ("And", *(("Equality", size, known[size]) for size in sorted(named)))
-        if not _asks_for_one(expression):
+        if not _asks_for_one(expression) and not _asks_for_order(expression, known):
             found[str(condition)] = Guard(str(condition), expression)
     return tuple(found.values())
 
@@ -124,6 +124,17 @@ def _asks_for_one(expression: Expression) -> bool:
         return 0 in sides or 1 in sides
     # `2 <= s` is how a range says that a size is not 0 or 1.
     return (name, sides[-1]) == ("GreaterThan", 2) or (name, sides[0]) == ("LessThan", 2)
+
+
+def _asks_for_order(expression: Expression, known: Mapping[str, int]) -> bool:
+    """Whether it asks if memory is in order: `n < s n`, two strides, where a size s may be 1."""
+    if not isinstance(expression, tuple) or expression[0] not in ("StrictLessThan", "StrictGreaterThan"):
+        return False
+    small, large = expression[1:] if expression[0] == "StrictLessThan" else reversed(expression[1:])
+    if not isinstance(large, tuple) or large[0] != "Mul" or (isinstance(small, int) and small == 1):
+        return False
+    stride = _value(small, known)
+    return any(isinstance(each, str) and _value(large, {**known, each: 1}) == stride for each in large[1:])
 
 
 def _read_sympy(expression: Any, known: set[str]) -> Expression | None:

@@ -88,6 +88,8 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node | None:
     """Scaled dot-product attention as its two products and the softmax between them."""
     query, key, value, mask, _, causal = operands(node)[:6]
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
+    if scale is None and not isinstance(query.meta["val"].shape[-1], int):
+        return None
     if scale is None:
         scale = float(query.meta["val"].shape[-1]) ** -0.5
     if grouped:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from spikeplug.errors import ConversionError
 
-from .builder import Builder, affine, function_of
+from .builder import Builder, affine, function_of, sizes_of
 from .capture import Captured, evaluate, is_random, operands
 from .multiplications import MULTIPLICATIONS
 
@@ -195,7 +195,7 @@ def _arithmetic(builder: Builder, node: fx.Node) -> fx.Node | None:
     c = torch.tensor(float(number), dtype=dtype) if number is not None else tensor
     assert c is not None
     alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-    if not isinstance(alpha, (int, float)) or node.meta["val"].shape != x.meta["val"].shape:
+    if not isinstance(alpha, (int, float)) or sizes_of(node) != sizes_of(x):
         return None
     with torch.no_grad():
         one, zero = torch.ones_like(c), torch.zeros_like(c)

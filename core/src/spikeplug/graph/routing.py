@@ -74,12 +74,22 @@ class Router:
                     node.replace_input_with(each, self._value_of(each))
             elif kind not in ("input", "size", "site", "value"):
                 self._place(node)
+        self._count_rows_of_values()
         units = _Units(self)
         units.run()
         for node in self.products:
             sites = (site for each in node.args for site in units.fired[each.args[0]])  # type: ignore[union-attr,index]
             self.draft.decoded[self.draft.path(node)] = tuple(dict.fromkeys(site.name for site in sites))
         return self.flow, self._delay()
+
+    def _count_rows_of_values(self) -> None:
+        """What asks how many rows a train `[T * B, ...]` has means B, which it has of the value that the train is of."""
+        for node in self.draft.graph.nodes:
+            if str(node.target) == "aten.sym_size.int" and node.args[1] in (0, -len(node.args[0].meta["dims"])):
+                source = node.args[0]
+                while source in self.trains:
+                    source = next(each for each in source.all_input_nodes if each.op != "get_attr")
+                node.args = (source, 0)
 
     def _code_input(self) -> None:
         """Images become spikes once, for all that read them but arithmetic that is done ahead of the code."""

@@ -48,9 +48,10 @@ RULES: dict[str, str] = {
     "reduction": """
         softmax.int _softmax _safe_softmax log_softmax.int _log_softmax layer_norm rms_norm group_norm instance_norm
         _native_batch_norm_legit.no_stats native_layer_norm native_group_norm linalg_vector_norm norm.ScalarOpt_dim
-        var.dim var.correction std.dim std.correction var_mean.dim var_mean.correction max.dim min.dim amax amin aminmax max min
+        var.dim var.correction std.dim std.correction var_mean.dim var_mean.correction
+        max.dim min.dim amax amin aminmax max min median.dim argmax argmin argsort
         adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-        logsumexp prod prod.dim_int argmax argmin argsort median.dim topk sort cumprod cosine_similarity lp_pool2d local_response_norm""",
+        logsumexp prod prod.dim_int topk sort cumprod cosine_similarity lp_pool2d local_response_norm""",
 }
 """Rule of `spikeplug.graph.operations` -> the operations it is for; the overload `default` is not written."""
 
