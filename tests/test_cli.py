@@ -312,3 +312,15 @@ def test_hub_id_takes_a_revision_and_says_its_commit(cli, dense_folder, text, tm
     code, _, err = cli("eval", f"org/tiny@{'3' * 40}", "--ppl", text)
     assert code == 1
     assert "cannot read the model 'org/tiny@333" in err
+
+
+def test_a_dry_run_of_a_language_model_prints_the_plan_and_writes_nothing(cli, dense_folder, text, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = cli("convert", dense_folder, "--recipe", "bse", "--dry-run", "--json")
+    assert (code, out["problems"], sorted(tmp_path.rglob("*"))) == (0, [], before)
+    _, written, _ = _convert(cli, dense_folder, text, tmp_path, "--json")
+    assert {op["name"]: op["role"] for op in out["ops"]} == {op["name"]: op["role"] for op in written["report"]["ops"]}
+    code, out, _ = cli("convert", dense_folder, "--recipe", "mgpc", "--dry-run")
+    assert code == 0
+    assert "lm_head" in out
+    assert "Traceback" not in cli("convert", dense_folder, "--recipe", "bse", "-s", "exclude=nothing", "--dry-run")[2]

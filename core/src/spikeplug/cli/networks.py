@@ -59,14 +59,13 @@ def convert_command(
     from spikeplug.config import ConversionConfig
     from spikeplug.conversion.verbs import convert, report
 
-    config = ConversionConfig.resolve(recipe, settings(setting))
+    config, beside = ConversionConfig.resolve(recipe, settings(setting)), dict[str, Any]()
     if dry_run:
         _plan(model, recipe, config, images, weights, dtype, as_json)
         return
     if out is None:
         raise OptionError("where to write is missing: give --out FOLDER, or --dry-run to write nothing")
     check_writable(out, overwrite=force)
-    beside: dict[str, Any] = {}
     if images is not None:
         refuse_both("--calibrate", calibrate)
         with progress() as watch:

@@ -70,29 +70,23 @@ def convert(
     watch: Watch = unwatched,
     **options: Any,
 ) -> nn.Module:
-    """A spiking network made of a dense model, which stays as it is.
-
-    It is a new module; tensors that no rewrite changed are shared with the dense model, not copied.
+    """A spiking network made of a dense model, which stays as it is; tensors that no rewrite changes are shared.
 
     Args:
-        model: what to convert: any PyTorch network, or a language model whose plugin is installed.
+        model: any PyTorch network, or a language model whose plugin is installed.
         recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
-        calibration: batches: a tensor, a tuple of inputs in order (labels behind them are left out), or a dict of named
-            ones.
+        calibration: batches: each a tensor, a tuple of inputs (labels behind them are left out) or a dict.
         example: a batch to capture the network on, where there is no calibration; else its first batch.
         observed: file of what the sites see in the calibration data: read where it exists, else written, so that other
             recipes for this model need no second pass over the data.
         inplace: change the given language model, for one that does not fit twice.
-        verify: compare the result with the dense model on the example, codes left out, and stepped layers with fused
-            ones; costs three passes and one stepped sample.
-        watch: called with the stage, the batches or sites done and their number, to show progress.
+        verify: compare the result with the dense model, codes left out, and stepped layers with fused ones.
+        watch: called with the stage, the batches or sites done and their number.
         options: options of the recipe's code (`steps=8`) or keys of ConversionConfig (`exclude=["head"]`).
 
     Raises:
-        UnknownNameError, OptionError: the recipe or an option is not known or out of range; or the model does not take
-            the batches.
-        CalibrationError: the code needs calibration and none was given; or it failed; or the file is of another model
-            or other data.
+        UnknownNameError, OptionError: the recipe or an option is unknown or out of range; the batches do not fit.
+        CalibrationError: the code needs calibration and none was given; it failed; the file is of other ones.
         BundleError: the file cannot be read or written.
         NonFiniteError: a weight is NaN or infinite; the message names it.
         ConversionError: the model cannot be converted; the message names every part that stands against it.

@@ -83,7 +83,7 @@ class Router:
         return self.flow, self._delay()
 
     def _count_rows_of_values(self) -> None:
-        """What asks how many rows a train `[T * B, ...]` has means B, which it has of the value that the train is of."""
+        """What asks how many rows a train `[T * B, ...]` has means B: it asks the value that the train is of."""
         for node in self.draft.graph.nodes:
             if str(node.target) == "aten.sym_size.int" and node.args[1] in (0, -len(node.args[0].meta["dims"])):
                 source = node.args[0]
