@@ -133,6 +133,7 @@ def written(rows: dict[str, dict[str, Any]], target: Path) -> None:
         "Random weights, two images of random numbers, the smallest image size of a list that the network takes,",
         "recipes with their default options. `error`: norm of the difference to the dense network over its norm; with",
         "random weights and numbers it says that the conversion is right, not how accurate a trained network is.",
+        "Weights that begin at zero are drawn too. Rows were measured one by one, while the code went on.",
         "`spiking` and `decoded`: shares of the MACs. `seconds`: of the conversion, calibrated and verified,",
         "beside other work.",
         "",

@@ -99,10 +99,8 @@ class Bench:
     def header(self) -> str:
         """Protocol, prefix and the two perplexities that rows are compared with."""
         protocol = ", ".join(f"{key} {value}" for key, value in self.dense["protocol"].items())
-        dense, tokens = (
-            self.dense["perplexity"],
-            spikeplug.conversion_of(self.model).config.pass_options["prefix"]["tokens"],
-        )
+        dense = self.dense["perplexity"]
+        tokens = spikeplug.conversion_of(self.model).config.pass_options["prefix"]["tokens"]
         return f"{protocol}\nprefix tokens {tokens}; dense {dense:.3f}, with the passes {self.perplexity():.3f}\n"
 
 

@@ -70,8 +70,6 @@ def streamed(network, images):
 class Trains(Listener):
     """Keeps the spikes of all neurons, in the order in which they come."""
 
-    hears = frozenset({"window"})
-
     def __init__(self):
         self.found = []
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import spikeplug
 from spike_plugin_phase.encoder import Phase
 from spikeplug import ActivationStats
 from spikeplug.graph.products import accumulated, contributions, hadamard, matrix_product
@@ -53,3 +54,16 @@ def test_accumulated_differences(coded, function):
     steps = list(accumulated(function, x))
     torch.testing.assert_close(sum(steps), function(fused))
     torch.testing.assert_close(sum(steps[:2]), function(x[0] + x[1]))
+
+
+@pytest.mark.parametrize("approximator", ["asnc", "ttfs-kernels"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_approximated_softmax_gives_back_the_dtype_that_came(approximator, dtype):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Softmax(-1), torch.nn.Linear(6, 4)).to(dtype).eval()
+    batch = torch.randn(16, 8).to(dtype)
+    spiking = spikeplug.convert(net, "bse", calibration=[batch], approximators={"softmax": approximator})
+    for mode in ("fused", "dense"):
+        with torch.no_grad(), spikeplug.in_mode(spiking, mode):
+            assert spiking(batch).dtype == dtype
+            torch.testing.assert_close(spiking(batch).float(), net(batch).float(), rtol=0.05, atol=0.05)

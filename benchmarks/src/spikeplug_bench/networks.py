@@ -14,7 +14,6 @@ from spikeplug.architecture import Opened, Placement, Watch
 from spikeplug.cli import language, vision
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
-from spikeplug.graph.network import SpikingGraph
 
 from .identity import canonical, code_digest, digest, locate, network_inputs, versions
 from .spec import DENSE, Cell
@@ -181,7 +180,7 @@ def open_images(context: Context, config: ConversionConfig | None) -> Any:
         _source(context), str(cell.recipe), config, locate(given.images, context.data),
         weights=weights, count=given.count, observed=None, watch=context.watch,
     )  # fmt: skip
-    if not isinstance(found, SpikingGraph):
+    if spikeplug.conversion_of(found).architecture == "layers":
         raise OptionError("this network was converted layer by layer: image tasks run captured networks")
     return found.to(cell.device)
 

@@ -44,8 +44,6 @@ class Diagnosis:
 class _Sums(Listener):
     """Keeps what one site has in the dense network, then compares its windows with that, one by one in their order."""
 
-    hears = frozenset({"activation", "window"})
-
     def __init__(self) -> None:
         self.dense: list[Tensor] = []
         self.neurons = 0

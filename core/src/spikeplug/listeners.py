@@ -18,25 +18,23 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Hears what happens in coders that it listens to. A subclass has a method for each event of `hears`."""
+    """Hears what happens in coders that it listens to: the events of which a subclass has the method."""
 
-    hears: frozenset[str] = frozenset()
-    """Of `activation`, `fired` and `window`: what nobody hears is not computed."""
+    def hears(self, event: str) -> bool:
+        """Whether it has a method for events of this name; what nobody hears is not computed."""
+        return getattr(type(self), event) is not getattr(Listener, event)
 
     def activation(self, coder: Coder, x: Tensor) -> None:
         """An activation that came to a coder in the mode `dense`."""
-        raise NotImplementedError
 
     def fired(self, coder: Coder, fired: Tensor, neurons: int, largest: int) -> None:
         """Spikes of an activation, padding left out: at most `largest` in each element, fired by so many neurons.
 
         A window that comes step by step gives its number of neurons once, and 0 with its other steps.
         """
-        raise NotImplementedError
 
     def window(self, coder: Any, x: Tensor, spikes: Tensor) -> None:
         """A whole window of spikes `[T, *S]`, and what it is of: an activation, or the currents of every step."""
-        raise NotImplementedError
 
 
 class SpikeCount(Listener):
@@ -47,8 +45,6 @@ class SpikeCount(Listener):
         places: of a site that a convolution reads, the spikes of every place `[H, W]`; None where there are none, or
             activations of several sizes.
     """
-
-    hears = frozenset({"fired"})
 
     def __init__(self) -> None:
         self.neurons = 0
@@ -84,8 +80,6 @@ class SpikeCount(Listener):
 
 class Observation(Listener):
     """Gathers statistics of the activations that come to one coder, padding left out."""
-
-    hears = frozenset({"activation"})
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer

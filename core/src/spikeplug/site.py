@@ -88,32 +88,19 @@ class Coder(nn.Module):
 
     def heard(self, event: str) -> bool:
         """Whether anyone hears events of this name."""
-        return any(event in each.hears for each in self.listeners)
+        return any(each.hears(event) for each in self.listeners)
 
-    def tell_activation(self, x: Tensor) -> None:
-        """Tell of an activation in the mode `dense`."""
+    def tell(self, event: str, *what: Any) -> None:
+        """Tell of an event, a method of `Listener`; not again of what checkpointing recomputes."""
+        if not self.listeners or recomputing():
+            return
         for each in self.listeners:
-            if "activation" in each.hears:
-                each.activation(self, x)
-
-    def tell_window(self, x: Tensor, spikes: Tensor) -> None:
-        """Tell of a window `[T, *S]`."""
-        for each in self.listeners:
-            if "window" in each.hears:
-                each.window(self, x, spikes)
+            getattr(each, event)(self, *what)
 
     def set_params(self, tensors: Mapping[str, Tensor]) -> None:
         """Store copies of parameters, as buffers of their names."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor.detach().clone(memory_format=torch.contiguous_format))
-
-    def tell_fired(self, fired: Tensor, neurons: int, largest: int) -> None:
-        """Tell of spikes, as `Listener.fired`."""
-        if recomputing():
-            return
-        for each in self.listeners:
-            if "fired" in each.hears:
-                each.fired(self, fired, neurons, largest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coder:
         """Move the parameters with the model, but never let `.half()` or `.bfloat16()` round them."""
@@ -214,7 +201,7 @@ class Site(Coder):
                 p = self.params(x)
                 counted = self._first_reader(x)
                 if counted and self.heard("window"):
-                    self.tell_window(x, self.encoder.encode(x, p))
+                    self.tell("window", x, self.encoder.encode(x, p))
                 return receive(p, self._stream(x, p, new, counted))
         if self.consumers == 1:
             return self._value(x, new)
@@ -227,17 +214,17 @@ class Site(Coder):
     def _value(self, x: Tensor, new: slice | None) -> Tensor:
         with self.named():
             if self.mode == "dense":
-                self.tell_activation(x)
+                self.tell("activation", x)
                 return x
             p = self.params(x)
             if self.heard("window"):
-                self.tell_window(x, self.encoder.encode(x, p))
+                self.tell("window", x, self.encoder.encode(x, p))
             if self.mode == "stepped":
                 return straight_through(x, lambda x: self._decoded(x, p, new))
             if self.heard("fired"):
                 fresh = without_padding(_fresh(x, new), self.sequence)
                 known = p if self.static else self.params(fresh)
-                self.tell_fired(self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
+                self.tell("fired", self.encoder.count(fresh, known), fresh.numel(), self.encoder.steps)
             return self.encoder.fused(x, p)
 
     def _stream(self, x: Tensor, p: CodeParams, new: slice | None, counted: bool = True) -> Iterator[Tensor]:
@@ -247,7 +234,7 @@ class Site(Coder):
         for step, s in enumerate(spikes):
             if heard:
                 fresh = without_padding(_fresh(s, new), self.sequence)
-                self.tell_fired(fresh.abs(), fresh.numel() if step == 0 else 0, 1)
+                self.tell("fired", fresh.abs(), fresh.numel() if step == 0 else 0, 1)
             yield s.to(x.dtype)
 
     def _first_reader(self, x: Tensor) -> bool:

@@ -347,3 +347,37 @@ def test_options_reach_the_codecs():
         spikeplug.ConversionConfig.resolve("laser", {"segments": 0})
     with pytest.raises(OptionError, match="unknown option 'segment' of recipe 'laser', did you mean 'segments'"):
         spikeplug.ConversionConfig.resolve("laser", {"segment": 3})
+
+
+def test_a_float64_network_with_approximations_is_verified_as_far_as_they_compute():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4), torch.nn.Softmax(-1)
+    )
+    net, batch = net.double().eval(), torch.randn(32, 8, dtype=torch.float64)
+    spiking = spikeplug.convert(net, "bse", calibration=[batch], approximators={"*": "asnc"})
+    with torch.no_grad(), spikeplug.in_mode(spiking, "dense"):
+        torch.testing.assert_close(spiking(batch), net(batch), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(spiking(batch), net(batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_listener_hears_what_it_has_a_method_for():
+    class Windows(spikeplug.Listener):
+        def __init__(self):
+            self.shapes = []
+
+        def window(self, coder, x, spikes):
+            self.shapes.append((tuple(x.shape), tuple(spikes.shape)))
+
+    net, batch = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), torch.randn(3, 8)
+    spiking = spikeplug.convert(net, "bse", calibration=[batch], steps=6)
+    heard = Windows()
+    (site,) = spikeplug.site.sites(spiking).values()
+    with spikeplug.listening({site: heard}):
+        assert (heard.hears("window"), heard.hears("fired"), site.heard("activation")) == (True, False, False)
+        spiking(batch)
+        with spikeplug.in_mode(spiking, "dense"):
+            spiking(batch)
+        spikeplug.set_execution(spiking, "stepped")(batch)
+    spiking(batch)
+    assert heard.shapes == [((3, 8), (6, 3, 8))] * 2

@@ -25,7 +25,7 @@ from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
 from spikeplug.site import Coder, Site
 
 from .networks import WEIGHTS, as_call, fill_sites
-from .plan import Plan, Problem
+from .plan import Plan, Problem, refuse
 from .record import Conversion, conversion_of
 from .sharing import own, shared_copy
 
@@ -64,8 +64,8 @@ class Layers(Architecture):
     ) -> nn.Module:
         model = unwrapped(model)
         self._check(model, config, batches)
-        for problem in _problems(model, config):
-            raise ConversionError(str(problem))
+        head = f"{type(model).__name__} cannot be converted by '{config.recipe}'"
+        refuse(tuple(_problems(model, config)), head)
         macs = _counted(model, batches[0])
         model = model if inplace else shared_copy(model)
         config = config.apply_passes(model, batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,16 @@ class Problem:
     def __str__(self) -> str:
         where = f" at {self.line}" if self.line else ""
         what = f"operation '{self.operation}' ({self.type}{where}) " if self.operation else ""
-        what = what or (f"{self.type} " if self.type else "")
         return f"{what}{self.reason}: {self.remedy}"
+
+
+def refuse(problems: Sequence[Problem], head: str) -> None:
+    """Raises ConversionError where there are problems; the message has the head and all of them."""
+    few = [str(each) for each in problems]
+    if len(few) == 1:
+        raise ConversionError(f"{head}: {few[0]}")
+    if few:
+        raise ConversionError("\n".join([f"{head}, {len(few)} problems:", *(f"  {each}" for each in few)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +83,7 @@ class Plan:
 
     def check(self) -> None:
         """Raises ConversionError: there are problems; the message has all of them."""
-        if self.problems:
-            few = [str(each) for each in self.problems]
-            head = f"{self.network} cannot be converted by '{self.config.recipe}'"
-            raise ConversionError(
-                f"{head}: {few[0]}"
-                if len(few) == 1
-                else "\n".join([f"{head}, {len(few)} problems:", *(f"  {each}" for each in few)])
-            )
+        refuse(self.problems, f"{self.network} cannot be converted by '{self.config.recipe}'")
 
     def apply(self) -> nn.Module:
         """The converted network, not yet calibrated: a new module, which shares the tensors that no rewrite changed.

@@ -88,10 +88,11 @@ def _attention(builder: Builder, node: fx.Node) -> fx.Node | None:
     """Scaled dot-product attention as its two products and the softmax between them."""
     query, key, value, mask, _, causal = operands(node)[:6]
     scale, grouped = node.kwargs.get("scale"), node.kwargs.get("enable_gqa", False)
-    if scale is None and not isinstance(query.meta["val"].shape[-1], int):
-        return None
     if scale is None:
-        scale = float(query.meta["val"].shape[-1]) ** -0.5
+        width = query.meta["val"].shape[-1]
+        if not isinstance(width, int):
+            return None  # a number would be made of a size, and fix it
+        scale = float(width) ** -0.5
     if grouped:
         groups = query.meta["val"].shape[-3] // key.meta["val"].shape[-3]
         key, value = (builder.call(node, aten.repeat_interleave.self_int, each, groups, -3) for each in (key, value))

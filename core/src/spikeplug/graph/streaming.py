@@ -158,7 +158,7 @@ class FlowSite(Coder):
         with self.named():
             if self.flow.dense:
                 x = self.activate(x)
-                self.tell_activation(x)
+                self.tell("activation", x)
                 return x
             if self.encodes:
                 spikes = self.encoder.encode(x, self.params())
@@ -169,8 +169,8 @@ class FlowSite(Coder):
         if self.heard("fired"):
             # One pass; the sum of magnitudes would take two.
             dims = tuple(range(spikes.ndim - self.spatial)) if self.spatial else None
-            self.tell_fired(torch.count_nonzero(spikes, dim=dims), spikes[0].numel(), spikes.numel())
-        self.tell_window(currents, spikes)
+            self.tell("fired", torch.count_nonzero(spikes, dim=dims), spikes[0].numel(), spikes.numel())
+        self.tell("window", currents, spikes)
         return spikes.flatten(0, 1)
 
 

@@ -214,8 +214,6 @@ def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
 class _Window(Listener):
     """The last window of one site, int8."""
 
-    hears = frozenset({"window"})
-
     def __init__(self) -> None:
         self.spikes: Tensor | None = None
 

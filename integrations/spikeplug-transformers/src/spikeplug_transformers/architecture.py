@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from spikeplug.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion.plan import Plan, Problem
+from spikeplug.conversion.plan import Plan, Problem, refuse
 from spikeplug.conversion.sharing import shared_copy
-from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
+from spikeplug.errors import BundleError, CalibrationError, OptionError
 
 from . import source, text
 from .attention import IMPLEMENTATION
-from .family import check, check_options, fill, make_model_spiking, needs_our_attention, rewritten, strangers
+from .family import check_options, fill, make_model_spiking, needs_our_attention, rewritten, strangers
 from .quantizer import SpikeConfig, SpikeQuantizer
 
 
@@ -42,9 +42,9 @@ class Transformers(LanguageArchitecture):
     def prepare(
         self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any] = (), *, inplace: bool = False
     ) -> nn.Module:
-        for problem in _unfit(model):
-            raise ConversionError(str(problem))
-        check(model, config)  # before a pass changes anything
+        # Everything is checked before a pass changes anything.
+        refuse((*_unfit(model), *strangers(model)), f"{type(model).__name__} cannot be converted by '{config.recipe}'")
+        check_options(model, config)
         model = model if inplace else shared_copy(model)
         config = config.apply_passes(model, batches)
         make_model_spiking(model, config)
@@ -127,19 +127,18 @@ class Transformers(LanguageArchitecture):
 
 def _unfit(model: nn.Module) -> Iterator[Problem]:
     """What speaks against a model as a whole."""
-    name = type(model).__name__
     method = getattr(getattr(model, "config", None), "quantization_config", None)
     if method is not None:
-        reason = f"is quantized already ({getattr(method, 'quant_method', method)})"
-        yield Problem("", name, "", reason, "convert the model it was made from")
+        reason = f"it is quantized already ({getattr(method, 'quant_method', method)})"
+        yield Problem("", "", "", reason, "convert the model it was made from")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         yield Problem(
             "",
-            name,
             "",
-            "was dispatched by accelerate (device_map): swapping its modules now would be silently wrong",
+            "",
+            "it was dispatched by accelerate (device_map): swapping its modules now would be silently wrong",
             "load it with from_pretrained(..., quantization_config=SpikeConfig(...), device_map=...) and calibrate it",
         )
     for each in rewritten(model):
-        reason = f"was rewritten by the pass '{each}' already, which a saved conversion would not know"
-        yield Problem("", name, "", reason, f"convert the model it was made from, with passes=['{each}']")
+        reason = f"it was rewritten by the pass '{each}' already, which a saved conversion would not know"
+        yield Problem("", "", "", reason, f"convert the model it was made from, with passes=['{each}']")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion.plan import Problem
+from spikeplug.conversion.plan import Problem, refuse
 from spikeplug.conversion.record import Conversion
 from spikeplug.coverage import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
@@ -77,8 +77,8 @@ def strangers(model: nn.Module) -> Iterator[Problem]:
     expected = {f"{block}.{name}" for block, groups in READERS.items() for group in groups for name in group}
     if found not in FAMILY or type(model).__name__.removesuffix("ForCausalLM") == type(model).__name__:
         kinds = listed({type(module).__name__ for module in model.modules()})
-        reason = f"of type '{found}' is not a causal language model of the LLaMA family ({listed(FAMILY)})"
-        yield Problem("", type(model).__name__, "", reason, f"give one that is. Its parts: {kinds}")
+        reason = f"type '{found}' is not a causal language model of the LLaMA family ({listed(FAMILY)})"
+        yield Problem("", "", "", reason, f"give one that is. Its parts: {kinds}")
         return
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is None:
@@ -92,9 +92,7 @@ def strangers(model: nn.Module) -> Iterator[Problem]:
 
 def refuse_strangers(model: nn.Module) -> None:
     """Raise ConversionError where a module has no known role; the message names all of them."""
-    found = [str(problem) for problem in strangers(model)]
-    if found:
-        raise ConversionError("\n".join(found))
+    refuse(tuple(strangers(model)), f"{type(model).__name__} is not understood")
 
 
 def rewritten(model: nn.Module) -> list[str]:

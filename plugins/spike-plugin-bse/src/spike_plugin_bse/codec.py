@@ -72,7 +72,7 @@ class Codec(Coder):
         """
         with self.named():
             if self.mode == "dense":
-                self.tell_activation(x)
+                self.tell("activation", x)
                 return self.function(x)
             self.require_calibrated()
             require_finite(x)
@@ -102,7 +102,7 @@ class Codec(Coder):
 
     def _tell(self, fired: Tensor, largest: int, real: Tensor | None, first: bool = True) -> None:
         fired = fired if real is None else fired[real]
-        self.tell_fired(fired, fired.numel() if first else 0, largest)
+        self.tell("fired", fired, fired.numel() if first else 0, largest)
 
     def _prepared(self, dtype: torch.dtype, device: torch.device) -> _Ready:
         """The tables for computing in this dtype on this device, made once."""

@@ -111,6 +111,8 @@ class Softmax(nn.Module):
         self.dim = getattr(original, "dim", -1)
         if self.dim is None:
             raise OptionError(f"'{name}' is a softmax without dim: give it one")
+        # PyTorch's own gives back the dtype that came; that of language models is at least float32.
+        self.least = None if isinstance(original, nn.Softmax) else torch.float32
         self.exp, self.reciprocal = Exp(name, None, options), Reciprocal(name, None, options)
         self.delay = self.exp.delay + self.reciprocal.delay
 
@@ -119,7 +121,7 @@ class Softmax(nn.Module):
         x = scores.float()
         e = self.exp(x - x.detach().amax(self.dim, keepdim=True))
         y: Tensor = e * self.reciprocal(e.sum(self.dim, keepdim=True))
-        return y
+        return y.to(scores.dtype if self.least is None else torch.promote_types(scores.dtype, self.least))
 
 
 class RMSNorm(nn.Module):

@@ -80,8 +80,6 @@ class Adjust:
 class _Left(Listener):
     """The largest percentile of the potential left in one site, over all windows."""
 
-    hears = frozenset({"window"})
-
     def __init__(self, percentile: float) -> None:
         self.percentile = percentile
         self.largest: float | None = None

@@ -111,7 +111,7 @@ class Population(Coder):
         """
         with self.named():
             if self.mode == "dense":
-                self.tell_activation(x)
+                self.tell("activation", x)
                 return x.log() if self.log else x
             self.require_calibrated()
             require_finite(x)
@@ -128,7 +128,7 @@ class Population(Coder):
             code = potential.clamp_(0, self.steps - 1)
             if self.heard("fired"):
                 fired = without_padding(code > 0, self.sequence)
-                self.tell_fired(fired, fired.numel(), 1)
+                self.tell("fired", fired, fired.numel(), 1)
         return code.mul_(step).add_(low)
 
     def _stepped(self, potential: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Population(Coder):
         for t in range(last):
             s = (v >= last) & (code == 0)
             fired = without_padding(s, self.sequence)
-            self.tell_fired(fired, fired.numel() if t == 0 else 0, 1)
+            self.tell("fired", fired, fired.numel() if t == 0 else 0, 1)
             code.add_(s, alpha=last - t)
             v += 1
         return code
@@ -176,6 +176,8 @@ class Softmax(nn.Module):
         self.dim = getattr(original, "dim", -1)
         if self.dim is None:
             raise OptionError(f"'{name}' is a softmax without dim: give it one")
+        # PyTorch's own gives back the dtype that came; that of language models is at least float32.
+        self.least = None if isinstance(original, nn.Softmax) else torch.float32
         self.reach, self.keys = options.reach, options.keys
         self.score = Population(f"{name}.score", options, (-options.reach, 0.0))
         self.total = Population(f"{name}.total", options, (0.0, math.log(options.keys)), log=True)
@@ -190,7 +192,7 @@ class Softmax(nn.Module):
         total = self.total(told.exp().sum(self.dim, keepdim=True))
         # A neuron that never fired sends nothing on.
         y: Tensor = (told - total).exp() * (told > -self.reach)
-        return y
+        return y.to(scores.dtype if self.least is None else torch.promote_types(scores.dtype, self.least))
 
 
 class RMSNorm(nn.Module):
