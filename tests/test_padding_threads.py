@@ -63,7 +63,15 @@ def test_padding_is_neither_observed_nor_counted(ids, recipe, options):
 @pytest.mark.parametrize("recipe", ["laser", "ttfs"])
 @pytest.mark.parametrize("execution", ["fused", "stepped"])
 def test_padding_fires_nothing_within_approximated_operations(ids, recipe, execution):
-    options = {"steps": 8} if recipe == "laser" else {"steps": 64, "approximators": {"*": "ttfs-kernels"}}
+    options = (
+        {"steps": 8}
+        if recipe == "laser"
+        else {
+            "steps": 64,
+            "approximators": {"*": "ttfs-kernels"},
+            "approximator_options": {"ttfs-kernels": {"steps": 256}},
+        }
+    )
     model = spikeplug.set_execution(spikeplug.convert(llama(), recipe, calibration=[ids], **options), execution)
     found = []
     for batch in ({"input_ids": ids}, padded(ids)):

@@ -107,7 +107,6 @@ def test_the_sum_is_the_count_by_hand(name, recipe):
     net = build().eval()
     plan = spikeplug.plan(net, recipe, batch)
     assert sum(op.macs for op in plan.report.ops) == by_hand
-    one = spikeplug.plan(net, recipe, torch.cat([batch, batch[:1]]))
-    assert [op.macs for op in one.report.ops] == [op.macs for op in plan.report.ops]
-    report = spikeplug.report(spikeplug.convert(net, recipe, calibration=[batch]))
-    assert report.ops == plan.report.ops
+    # They are those of one sample, however many there are.
+    converted = spikeplug.convert(net, recipe, calibration=[torch.cat([batch, batch[:1]])], verify=False)
+    assert spikeplug.report(converted).ops == plan.report.ops
