@@ -159,3 +159,37 @@ NETWORKS = {
     "mobilenet_v2": Network(mobilenet_v2, _centred((256, 256), 224, InterpolationMode.BILINEAR)),
     "squeezenet": Network(squeezenet, _caffe),
 }
+
+
+def for_spikingjelly(net: nn.Module) -> nn.Module:
+    """Their converter takes nn.ReLU and no F.pad: the same function, written so (option A as a fixed convolution)."""
+
+    class Block(nn.Module):
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+            self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
+            self.short: nn.Module = nn.Identity()
+            if block.added:
+                inputs, outputs = block.conv1.in_channels, block.conv1.out_channels
+                conv = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
+                nn.init.zeros_(conv.weight)
+                for channel in range(inputs):
+                    conv.weight.data[channel + block.added, channel] = 1
+                self.short = conv
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+            return self.relu2(y + self.short(x))  # type: ignore[no-any-return]
+
+    class Net(nn.Module):
+        def __init__(self, net: Any) -> None:
+            super().__init__()
+            self.conv1, self.bn1, self.relu = net.conv1, net.bn1, nn.ReLU()
+            self.blocks = nn.Sequential(*(Block(b) for part in (net.layer1, net.layer2, net.layer3) for b in part))
+            self.pool, self.flatten, self.linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.linear
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.flatten(self.pool(self.blocks(self.relu(self.bn1(self.conv1(x)))))))  # type: ignore[no-any-return]
+
+    return Net(net).eval()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import itertools
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from cnn_networks import NETWORKS
+from cnn_networks import NETWORKS, for_spikingjelly
 from PIL import Image
 from torch import Tensor, fx, nn
 
@@ -260,53 +261,57 @@ def _layers_alone(spiking: SpikingGraph, x: Tensor) -> float:
 
 def peer(arguments: argparse.Namespace) -> None:
     """SpikingJelly's rate coding, in its default and its best mode, beside css-q and css in one process."""
-    from spikingjelly.activation_based import functional, neuron
+    arguments.count = arguments.count or 256
+    twin = cifar_twin(arguments)
+    rows = itertools.chain(_flowing_rows(twin), _rate_rows(twin))
+    show(["", "T", "steps to the result", "top-1", "agree", "CPU ms an image"], rows)
+    _time_neurons()
+
+
+def _flowing_rows(twin: Twin) -> Iterator[list[str]]:
+    for recipe in ("css-q", "css"):
+        for compiled in (False, True):
+            spiking = twin.convert(recipe, compiled=compiled)
+            run(spiking, twin.x[:BATCH])
+            found, ms = run(spiking, twin.x)
+            said = f"{recipe}{', compiled' if compiled else ''}"
+            delay = str(spikeplug.report(spiking).delay)
+            yield [said, str(spiking.flow.steps), delay, *_score(twin, found), f"{ms:.1f}"]
+
+
+def _rate_rows(twin: Twin) -> Iterator[list[str]]:
+    """SpikingJelly's conversion, one step after the other."""
+    from spikingjelly.activation_based import functional
     from spikingjelly.activation_based.ann2snn import Converter
     from spikingjelly.activation_based.ann2snn.recipes.rate_coding import RateCodingRecipe
 
-    arguments.count = arguments.count or 256
-    twin = cifar_twin(arguments)
     loader = [(part, 0) for part in twin.calibration.split(50)]
+    best = {"channel_wise": True, "half_threshold": True}
+    for mode, options in (("default", {}), ("channel-wise, half threshold", best)):
+        net = Converter(RateCodingRecipe(loader, **options)).convert(for_spikingjelly(twin.build()))
+        functional.set_step_mode(net, "s")
+        totals: dict[int, list[Tensor]] = {t: [] for t in (32, 64, 128, 256)}
+        seconds = dict.fromkeys(totals, 0.0)
+        with torch.inference_mode():
+            for part in twin.x.split(BATCH):
+                functional.reset_net(net)
+                total, start = torch.zeros(()), time.process_time()
+                for t in range(1, max(totals) + 1):
+                    total = total + net(part)
+                    if t in totals:
+                        totals[t].append(total.clone())
+                        seconds[t] += time.process_time() - start
+        for t, parts in totals.items():
+            ms = 1e3 * seconds[t] / len(twin.x)
+            yield [f"SpikingJelly rate, {mode}", str(t), str(t), *_score(twin, torch.cat(parts)), f"{ms:.1f}"]
 
-    def rows() -> Iterator[list[str]]:
-        for recipe, options in (("css-q", {}), ("css", {})):
-            for compiled in (False, True):
-                spiking = twin.convert(recipe, compiled=compiled, **options)
-                run(spiking, twin.x[:BATCH])
-                found, ms = run(spiking, twin.x)
-                said = f"{recipe}{', compiled' if compiled else ''}"
-                yield [
-                    said,
-                    str(spiking.flow.steps),
-                    str(spikeplug.report(spiking).delay),
-                    *_score(twin, found),
-                    f"{ms:.1f}",
-                ]
-        for mode, options in (
-            ("default", {}),
-            ("channel-wise, half threshold", {"channel_wise": True, "half_threshold": True}),
-        ):
-            net = Converter(RateCodingRecipe(loader, **options)).convert(_for_spikingjelly(twin.build()))
-            functional.set_step_mode(net, "s")
-            totals: dict[int, list[Tensor]] = {t: [] for t in (32, 64, 128, 256)}
-            seconds = dict.fromkeys(totals, 0.0)
-            with torch.inference_mode():
-                for part in twin.x.split(BATCH):
-                    functional.reset_net(net)
-                    total, start = torch.zeros(()), time.process_time()
-                    for t in range(1, max(totals) + 1):
-                        total = total + net(part)
-                        if t in totals:
-                            totals[t].append(total.clone())
-                            seconds[t] += time.process_time() - start
-            for t, parts in totals.items():
-                ms = 1e3 * seconds[t] / len(twin.x)
-                yield [f"SpikingJelly rate, {mode}", str(t), str(t), *_score(twin, torch.cat(parts)), f"{ms:.1f}"]
 
-    show(["", "T", "steps to the result", "top-1", "agree", "CPU ms an image"], rows())
-    xs = torch.rand(8, 16, 16, 32, 32)
+def _time_neurons() -> None:
+    from spikingjelly.activation_based import neuron
+
     from spike_plugin_css.neuron import TSAReLU
 
+    xs = torch.rand(8, 16, 16, 32, 32)
     node = neuron.IFNode(v_reset=None, step_mode="m")
     timed: dict[str, Callable[[Tensor], Tensor]] = {"SpikingJelly IFNode, m": node}
     timed |= {"TSA-ReLU": TSAReLU(2.0).window, "TSA-ReLU, compiled": TSAReLU(2.0, compiled=True).window}
@@ -323,40 +328,6 @@ def _ms(window: Callable[[Tensor], Tensor], xs: Tensor, node: Any) -> float:
     start = time.process_time()
     window(xs)
     return 1e3 * (time.process_time() - start)
-
-
-def _for_spikingjelly(net: nn.Module) -> nn.Module:
-    """Their converter takes nn.ReLU and no F.pad: the same function, written so (option A as a fixed convolution)."""
-
-    class Block(nn.Module):
-        def __init__(self, block: Any) -> None:
-            super().__init__()
-            self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
-            self.relu1, self.relu2 = nn.ReLU(), nn.ReLU()
-            self.short: nn.Module = nn.Identity()
-            if block.added:
-                inputs, outputs = block.conv1.in_channels, block.conv1.out_channels
-                conv = nn.Conv2d(inputs, outputs, 1, stride=2, bias=False)
-                nn.init.zeros_(conv.weight)
-                for channel in range(inputs):
-                    conv.weight.data[channel + block.added, channel] = 1
-                self.short = conv
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-            return self.relu2(y + self.short(x))  # type: ignore[no-any-return]
-
-    class Net(nn.Module):
-        def __init__(self, net: Any) -> None:
-            super().__init__()
-            self.conv1, self.bn1, self.relu = net.conv1, net.bn1, nn.ReLU()
-            self.blocks = nn.Sequential(*(Block(b) for part in (net.layer1, net.layer2, net.layer3) for b in part))
-            self.pool, self.flatten, self.linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.linear
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.linear(self.flatten(self.pool(self.blocks(self.relu(self.bn1(self.conv1(x)))))))  # type: ignore[no-any-return]
-
-    return Net(net).eval()
 
 
 def _score(twin: Twin, found: Tensor) -> list[str]:

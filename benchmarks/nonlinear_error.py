@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spike_plugin_bse.asnc import Fit, fit
+from spike_plugin_bse.asnc import fit
+from spike_plugin_bse.segments import Fit
 from spikeplug.cli import language
 
 LAYER = 15

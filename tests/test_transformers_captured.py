@@ -123,3 +123,15 @@ def test_masked_positions_do_not_matter():
     for name, count in short.by_site.items():
         if sites(plain)[name].kind == "input":
             assert long.by_site[name].neurons == count.neurons
+
+
+@torch.no_grad()
+def test_a_model_of_no_known_family_is_captured():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=32, n_layer=1, n_head=2)).eval()
+    dense = model(ids()).logits
+    spiking = spikeplug.convert(model, "bse", calibration=[ids()])
+    assert 0 < (spiking(ids()).logits - dense).norm() < 0.01 * dense.norm()
+    assert torch.equal(model(ids()).logits, dense)
+    roles = {op.name: op.role for op in spikeplug.report(spiking).ops if op.macs}
+    assert set(roles.values()) == {"spiking", "decoded"}
+    assert "transformer.h.0.attn.c_attn" in roles

@@ -16,12 +16,11 @@ import torch
 
 from spikeplug.cli import main
 from spikeplug.errors import OptionError
-from spikeplug_bench import cell as cell_module
 from spikeplug_bench import engines, runner, tasks
 from spikeplug_bench.cell import run_cell, spec_of
 from spikeplug_bench.spec import Cell
 from spikeplug_bench.store import DONE, Store
-from spikeplug_bench.suite import cells, overrides, parse_suite
+from spikeplug_bench.suite import overrides, parse_suite
 from spikeplug_bench.tables import tables
 
 MODEL = {"source": "no model, so that its cells fail", "calibration": {"text": "t.txt"}}
@@ -396,8 +395,3 @@ def test_a_suite_that_fails_ends_with_a_status(bench, codes_file):
 def test_help_needs_no_torch():
     code = "import sys; from spikeplug_bench import cli, suite, store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_cells_of_one_conversion_follow_one_another(codes):
-    assert [cell.steps for cell in cells(codes)] == sorted(cell.steps for cell in cells(codes))
-    assert cell_module.HALVINGS == 3

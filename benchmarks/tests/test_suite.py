@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from spikeplug.errors import OptionError, UnknownNameError
 from spikeplug_bench import identity
+from spikeplug_bench.cells import cells
 from spikeplug_bench.spec import DENSE, Cell
-from spikeplug_bench.suite import SHIPPED, cells, json_schema, overrides, parse_suite, read_suite, shipped
+from spikeplug_bench.suite import SHIPPED, json_schema, overrides, parse_suite, read_suite, shipped
 
 TEXT = """
 format: 1
@@ -322,3 +323,7 @@ def test_an_id_changes_with_images_behind_a_link(tmp_path):
         identity.fingerprint.cache_clear()
         found.add(identity.fingerprint(tmp_path / "images"))
     assert len(found) == 2
+
+
+def test_cells_of_one_conversion_follow_one_another(codes):
+    assert [cell.steps for cell in cells(codes)] == sorted(cell.steps for cell in cells(codes))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
-import sys
-import types
 from typing import ClassVar
 
 import pytest
@@ -15,102 +11,35 @@ import torch.nn.functional as F
 from torch import nn
 
 import spikeplug
-from spikeplug import plugins
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import capture
-from spikeplug.graph.folding import fold
 from spikeplug.graph.operations import kinds
 from spikeplug.graph.streaming import PooledInput
 from spikeplug.graph.timestepped import Clocked, Delay, network
-from spikeplug.rate import IF, Rate
 from spikeplug.site import in_mode
 from spikeplug.testing import EncoderConformance, NeuronConformance
-from spikeplug.types import Recipe
 
-
-# A third party's package: a code and a neuron, nothing of core touched.
-@dataclasses.dataclass(frozen=True)
-class Flowing(Rate):
-    """Spike counts that flow: d(t) = 1."""
-
-    name: ClassVar[str] = "flowing"
-    flows: ClassVar[bool] = True
-
-    def fit(self, stats):
-        p = super().fit(stats)
-        return dataclasses.replace(p, scale=p.scale.reshape(()), offset=p.offset.reshape(()))
-
-
-@dataclasses.dataclass(frozen=True)
-class LateIF(IF):
-    """IF that adds up for some silent steps and rectifies in the end, by spikes of -1."""
-
-    silent: int = 2
-    rectify: bool = False
-
-    name: ClassVar[str] = "late-if"
-
-    @property
-    def latency(self):
-        return self.silent
-
-    def activated(self, op, top=float("inf"), steps=0):
-        return (
-            dataclasses.replace(self, rectify=op != "identity") if op in ("identity", "relu") else super().activated(op)
-        )
-
-    def init(self, x):
-        return (0, torch.zeros_like(x), torch.zeros_like(x))
-
-    def step(self, x, state):
-        t, h, g = state
-        h = h + x
-        if t < self.silent:
-            return torch.zeros_like(h), (t + 1, h, g)
-        o = (h.clamp(min=0) if self.rectify else h) - g
-        s = (o >= 0.5).to(h.dtype) - (o <= -0.5).to(h.dtype)
-        return s, (t + 1, h, g + s)
-
-    def residual(self, state):
-        return (state[1].clamp(min=0) if self.rectify else state[1]) - state[2]
-
-
-PLUGIN = types.ModuleType("their_plugin")
-PLUGIN.Flowing, PLUGIN.LateIF = Flowing, LateIF
-PLUGIN.RECIPE = Recipe(
-    "flowing", "a third party's", encoder="flowing", neuron="late-if", encoder_options={"steps": 64},
-    targets=frozenset({"module"}),
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def their_plugin(monkeypatch):
-    monkeypatch.setitem(sys.modules, "their_plugin", PLUGIN)
-    for kind, name, what in (
-        ("encoder", "flowing", "Flowing"), ("neuron", "late-if", "LateIF"), ("recipe", "flowing", "RECIPE"),
-    ):  # fmt: skip
-        part = plugins.Part(kind, name, f"their_plugin:{what}", "theirs")
-        monkeypatch.setitem(plugins.registry().parts, (kind, name), [part])
+pytestmark = pytest.mark.usefixtures("third_party")
 
 
 class TestFlowing(EncoderConformance):
     @pytest.fixture
-    def encoder(self):
-        return Flowing(steps=16)
+    def encoder(self, third_party):
+        return third_party.Flowing(steps=16)
 
 
 class TestLateIF(NeuronConformance):
-    @pytest.fixture(params=[LateIF(), LateIF(silent=0, rectify=True)])
-    def neuron(self, request):
-        return request.param
+    @pytest.fixture(params=[{}, {"silent": 0, "rectify": True}])
+    def neuron(self, request, third_party):
+        return third_party.LateIF(**request.param)
 
 
 class TestClocked(NeuronConformance):
     waived: ClassVar = {"test_is_a_frozen_dataclass": "one of its fields is a neuron, which asdict takes apart"}
 
     @pytest.fixture
-    def neuron(self):
-        return Clocked(LateIF(silent=1), 0, 12)
+    def neuron(self, third_party):
+        return Clocked(third_party.LateIF(silent=1), 0, 12)
 
 
 class Everything(nn.Module):
@@ -330,134 +259,6 @@ def test_shared_layer_keeps_shared_weights(images):
     assert len(list(spiking.parameters())) == 2
 
 
-def _branching():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3)
-
-        def forward(self, x):
-            return self.conv(x) if x.sum() > 0 else x
-
-    return Branching().eval()
-
-
-class Gated(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.gate = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        return self.conv(x) * torch.sigmoid(self.gate(x))
-
-
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
-def test_what_is_not_understood_is_named(recipe, images):
-    def convert(net, batch=images, **options):
-        return spikeplug.convert(net, recipe, calibration=[batch], **options)
-
-    with pytest.raises(
-        ConversionError, match=r"Branching cannot be captured: its forward branches on values.*test_graph"
-    ):
-        convert(_branching())
-    with pytest.raises(ConversionError, match=r"BN 'first_norm' uses statistics of the batch: call model\.eval"):
-        convert(Everything())
-    with pytest.raises(OptionError, match=r"Everything does not take a batch of shape \[2, 5, 8, 8\]"):
-        convert(everything(), torch.randn(2, 5, 8, 8))
-    with pytest.raises(ConversionError, match="no operation that can receive spikes"):
-        convert(nn.Sequential(nn.ReLU()).eval())
-    with pytest.raises(ConversionError, match="is a converted model already"):
-        convert(convert(everything()))
-
-
-class Unknown(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-
-    def forward(self, x):
-        return torch.special.i0(torch.special.i0(self.conv(x) / 4))
-
-
-def test_all_problems_are_said_at_once_and_a_plan_is_made_all_the_same(images):
-    net = Unknown().eval()
-    before = net(images)
-    plan = spikeplug.plan(net, "rate", images)
-    assert [each.operation for each in plan.problems] == ["special_i0", "special_i0_1"]
-    assert all(each.line.startswith("test_graph.py:") for each in plan.problems)
-    with pytest.raises(
-        ConversionError, match=r"2 problems:\n.*special_i0'.*\n.*special_i0_1'.*exclude=\['special_i0_1'\]"
-    ):
-        plan.apply()
-    assert "problem: operation 'special_i0'" in str(plan)
-    assert json.loads(json.dumps(plan.summary()))["problems"][0]["type"] == "special_i0"
-    spiking = spikeplug.convert(net, "rate", calibration=[images], exclude=["special_i0*"], steps=512)
-    assert {op.name for op in spikeplug.report(spiking).ops if op.role == "dense"} == {"special_i0", "special_i0_1"}
-    assert (spiking(images) - before).norm() < 0.05 * before.norm()
-    assert torch.equal(net(images), before)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
-def test_a_gate_is_a_decoded_product_and_may_stay_dense(recipe, images):
-    net = Gated().eval()
-    dense = net(images)
-    spiking = spikeplug.convert(net, recipe, calibration=[images], steps=512)
-    roles = {op.name: op.role for op in spikeplug.report(spiking).ops}
-    assert (roles["sigmoid"], roles["mul"], roles["conv"]) == ("dense", "decoded", "spiking")
-    assert 0 < (spiking(images) - dense).norm() < 0.05 * dense.norm()
-    spiking = spikeplug.convert(net, recipe, calibration=[images], exclude=["mul"], steps=512)
-    roles = {op.name: op.role for op in spikeplug.report(spiking).ops}
-    assert (roles["mul"], roles["conv"]) == ("dense", "spiking")
-    assert 0 < (spiking(images) - dense).norm() < 0.05 * dense.norm()
-
-
-def test_a_network_that_cannot_be_handed_out_says_why(images):
-    with pytest.raises(ConversionError, match="only networks whose trains flow"):
-        network(spikeplug.convert(everything(), "rate", calibration=[images]))
-
-
-def test_clip_without_a_form_is_named(images):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU6(), nn.Conv2d(4, 4, 3)).eval()
-    with pytest.raises(
-        ConversionError, match=r"'1' \(ReLU6\): neuron 'late-if' has no form with the activation 'clip'"
-    ):
-        spikeplug.convert(net, "flowing", calibration=[images])
-
-
-def test_preprocessing_stays_ahead_of_the_code(images):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x):
-            return self.conv((x - self.mean) / 0.25)
-
-    torch.manual_seed(0)
-    net = Scaled().eval()
-    with torch.no_grad():
-        dense = net(images)
-        spiking = spikeplug.convert(net, "flowing", calibration=[images], steps=256)
-        assert (spiking(images) - dense).norm() < 0.05 * dense.norm()
-    assert [op.name for op in spikeplug.report(spiking).ops][:3] == ["sub", "div", "image"]
-    with pytest.raises(ConversionError, match="changes its input before it is coded"):
-        network(spiking)
-
-
-def test_what_cannot_be_captured_is_converted_layer_by_layer_where_that_is_asked_for(images):
-    dense = _branching()
-    net = spikeplug.convert(dense, "rate", calibration=[images], structure="layers", steps=256)
-    assert type(net) is type(dense)
-    assert type(dense.conv) is nn.Conv2d
-    rows = {op.name: op for op in spikeplug.report(net).ops}
-    assert rows["conv"].role == "spiking"
-    assert "is not known" in rows["(between layers)"].note
-    with pytest.raises(OptionError, match="flow through captured networks only"):
-        spikeplug.convert(dense, "flowing", calibration=[images], structure="layers")
-
-
 def test_kinds_of_operations(images):
     captured = capture(everything(), (images,), {})
     found = {node.meta["path"]: kind.kind for node, kind in kinds(captured).items()}
@@ -508,34 +309,6 @@ def test_arguments_by_name_are_understood(images):
 
     net = Named(None).eval()
     assert (spikeplug.convert(net, "flowing", calibration=[images], steps=512)(images) - net(images)).norm() < 0.5
-
-
-@torch.no_grad()
-def test_norm_ahead_of_a_layer_is_folded_where_that_is_the_same():
-    torch.manual_seed(0)
-
-    def trained(norm):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.normal_(norm.bias)
-        return norm
-
-    cases = {
-        "grouped": (nn.Sequential(trained(nn.BatchNorm2d(8)), nn.Conv2d(8, 12, 3, groups=4)), (4, 8, 6, 6), 1),
-        "padded": (nn.Sequential(trained(nn.BatchNorm2d(8)), nn.Conv2d(8, 12, 3, padding=1)), (4, 8, 6, 6), 0),
-        "linear": (nn.Sequential(trained(nn.BatchNorm1d(8)), nn.Linear(8, 3, bias=False)), (4, 8), 1),
-        # As many columns as channels: the linear layer reads columns.
-        "columns": (nn.Sequential(trained(nn.BatchNorm2d(6)), nn.Linear(6, 3)), (4, 6, 6, 6), 0),
-    }
-    for name, (net, shape, folded) in cases.items():
-        x = torch.randn(shape)
-        expected = net.eval()(x)
-        captured = capture(net, (x,), {})
-        assert len(fold(captured)) == folded, name
-        run = torch.fx.GraphModule(dict(captured.tensors), captured.graph)
-        torch.testing.assert_close(run(x)[0], expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
 
 
 def test_conversion_works_in_inference_mode(images):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure codes and networks side by side, in suites that can be rerun.")
 
 STORE = Path("spikeplug-bench.db")
+
+OTHER_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+"""Variables that keep bars of other libraries from running through ours, and through the rows of a log. They are set
+before any is imported, which is when they look; processes of engines inherit them."""
 
 Suite = Annotated[str, typer.Argument(help="A shipped suite (`spikeplug bench ls`), or a YAML file.")]
 StorePath = Annotated[Path, typer.Option("--store", help="SQLite file of results.")]
@@ -61,12 +65,10 @@ def run_command(
     as_json: Json = False,
 ) -> None:
     """Run a suite. The same command goes on where it was stopped; what is finished is not run again."""
-    # Bars of other libraries would run through ours, and through the rows of a log. Said before any is imported, which
-    # is when they look; processes of engines inherit it.
-    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+    for name in OTHER_BARS:
         os.environ.setdefault(name, "1")
     from . import runner
-    from .store import DONE, Store
+    from .store import Store
     from .suite import read_suite
 
     found, folder = read_suite(suite), _data(context, suite, data)
@@ -88,10 +90,17 @@ def run_command(
         print_json([dataclasses.asdict(row) for row in rows])
     else:
         _print_tables(found, rows)
+    _end(rows, len(plan.specs), store)
+
+
+def _end(rows: Sequence[Row], planned: int, store: Path) -> None:
+    """Say what was not done, and end with its status."""
+    from .store import DONE
+
     bad = [row for row in rows if row.status != DONE]
     for row in bad:
         typer.echo(f"{row.status}: {_label(row)}: {row.error}", err=True)
-    typer.echo(f"{len(rows) - len(bad)} of {len(plan.specs)} cells in {store}", err=True)
+    typer.echo(f"{len(rows) - len(bad)} of {planned} cells in {store}", err=True)
     if bad:
         raise typer.Exit(1)
 
@@ -149,7 +158,8 @@ def schema_command() -> None:
 @app.command("show")
 def show_command(suite: Suite, setting: Setting = None, as_json: Json = False) -> None:
     """Print the cells of a suite with every choice resolved. Nothing is run, and the data need not be there."""
-    from .suite import cells, overrides, read_suite
+    from .cells import cells
+    from .suite import overrides, read_suite
 
     found = cells(read_suite(suite), overrides(setting or []))
     if as_json:

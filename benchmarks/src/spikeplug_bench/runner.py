@@ -12,11 +12,12 @@ from typing import Any
 from spikeplug.architecture import Watch, unwatched
 
 from .cell import spec_of
+from .cells import cells
 from .engines import Engine, Local
 from .identity import code_digest, fingerprint, point_of
 from .spec import Cell
 from .store import DONE, Row, Run, Store
-from .suite import Axis, Suite, cells
+from .suite import Axis, Suite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spikeplug
-from spike_plugin_bse.asnc import Fit, Table, fit, patterns, schedule
+from spike_plugin_bse.asnc import Table, fit, patterns, schedule
 from spike_plugin_bse.codec import Codec
 from spike_plugin_bse.neuron import CodecIF
 from spike_plugin_bse.nonlinear import ASNC
+from spike_plugin_bse.segments import Fit
 from spikeplug.errors import CalibrationError, NonFiniteError, OptionError
 from spikeplug.listeners import SpikeCount, listening
 from spikeplug.stats import ActivationStats

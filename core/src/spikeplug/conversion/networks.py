@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -63,15 +64,7 @@ class Networks(Architecture):
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' of save: a network takes none")
         write_tensors(model, folder / WEIGHTS)
-        conversion = model.conversion
-        described = {
-            "graph": to_json(model.captured),
-            "stored": model.stored,
-            "orders": {name: order for name, each in model.state_dict().items() if (order := _order(each))},
-            "folded": conversion.folded,
-            "origin": conversion.origin,
-        }
-        (folder / GRAPH).write_text(json.dumps(described))
+        (folder / GRAPH).write_text(json.dumps(_described(model)))
 
     def load(self, folder: Path, **options: Any) -> nn.Module:
         config: ConversionConfig = options.pop("config")
@@ -85,16 +78,48 @@ class Networks(Architecture):
             state |= {name: state[kept] for name, kept in aliases.items()}
             for name, order in described["orders"].items():
                 state[name] = _ordered(state[name], order)
-            for name in state:
-                require_plain(name)
-            tensors = {str(name): state[place] for name, place in described["stored"].items()}
-            captured = of_json(described["graph"], tensors)
-            model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
-            _fill(model, state)
+            model = _rebuilt(described, state, config)
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise BundleError(f"{folder} does not hold what its configuration needs: {error}") from None
-        model.conversion.origin = dict(described.get("origin", {}))
         return model.eval()
+
+
+def _described(model: SpikingGraph) -> dict[str, Any]:
+    """What a network is beside its tensors and its configuration, as plain data."""
+    return {
+        "graph": to_json(model.captured),
+        "stored": model.stored,
+        "orders": {name: order for name, each in model.state_dict().items() if (order := _order(each))},
+        "folded": model.conversion.folded,
+        "origin": model.conversion.origin,
+    }
+
+
+def _rebuilt(described: Mapping[str, Any], state: Mapping[str, Tensor], config: ConversionConfig) -> SpikingGraph:
+    """The network that `_described` says, with tensors by name. Raises as a damaged description happens to."""
+    for name in state:
+        require_plain(name)
+    tensors = {str(name): state[place] for name, place in described["stored"].items()}
+    captured = of_json(described["graph"], tensors)
+    model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
+    _fill(model, state)
+    model.conversion.origin = dict(described.get("origin", {}))
+    return model
+
+
+def _pickled(model: SpikingGraph) -> tuple[Any, ...]:
+    state = {name: each.detach() for name, each in model.state_dict().items()}
+    return _unpickled, (_described(model), state, model.conversion.config.model_dump(mode="json"), model.training)
+
+
+def _unpickled(described: Any, state: dict[str, Tensor], config: dict[str, Any], training: bool) -> nn.Module:
+    from .verbs import set_execution
+
+    model = _rebuilt(described, state, ConversionConfig.model_validate(config))
+    return set_execution(model, model.conversion.config.execution).train(training)
+
+
+copyreg.pickle(SpikingGraph, _pickled)  # for torch.save and other processes: operations themselves have no pickled form
 
 
 def _order(tensor: Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class SpikingGraph(nn.Module):
         by_sample = [dims[:1] for _, dims, _ in self._inputs] + first
         alone = all(dims == (self.captured.batch,) for dims in by_sample) and len(first) == len(ends)
         self._splits = alone and draft.by_sample
+        self.eval()  # as the network that it was made of: what training does there was left out
 
     @property
     def any_samples(self) -> bool:
@@ -142,6 +144,13 @@ class SpikingGraph(nn.Module):
         """Whether a batch may be split: trains flow, and nobody hears windows, of whom each is that of all samples."""
         flow = self.flow
         return flow is not None and not flow.dense and not any(site.heard("window") for site in flow.sites)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpikingGraph:
+        # As any module's: `copy` would else take the way of `pickle`.
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpikingGraph:
         """Move the network; what its operations make anew is made where it is then."""

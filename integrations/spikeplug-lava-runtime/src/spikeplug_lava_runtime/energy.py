@@ -43,17 +43,13 @@ def replay(bundle: Bundle, samples: int = 4) -> dict[str, Any]:
         ImportError: SANA-FE is not installed.
     """
     sanafe = _sanafe()
-    first = bundle.populations[0]["name"]
-    if f"golden.{first}" not in bundle.tensors:
-        raise FormatError("there are no golden spikes to replay: export with -s golden=4")
-    spikes = bundle.golden(first)[:, :samples]
+    spikes = _golden(bundle, samples)
     fired, schedule = run(bundle, spikes).spikes, Schedule(bundle)
     count, length = spikes.shape[1], schedule.length(spikes.shape[1])
-    arch = _architecture(sanafe)
-    network, cores = sanafe.Network(), _Cores(arch)
+    arch, network, events = _architecture(sanafe), sanafe.Network(), 0
+    cores = _Cores(arch)
     receiving: dict[str, Any] = {}
     emitting: dict[str, Any] = {}
-    events = 0
     for population in bundle.populations:
         name, size = population["name"], math.prod(population["shape"])
         of_input = population["kind"] == "input"
@@ -70,10 +66,7 @@ def replay(bundle: Bundle, samples: int = 4) -> dict[str, Any]:
         cores.place(receiving.get(name), emitting.get(name), size, OUTSIDE if of_input else EMITTER)
         for edge in population["edges"]:
             weights = matrix(bundle, edge).tocoo()
-            pairs = list(zip(weights.col.tolist(), weights.row.tolist(), strict=True))
-            emitting[edge["from"]].connect_neurons_sparse(receiving[name], {"weight": [1.0] * len(pairs)}, pairs)
-            sent = np.abs(fired[edge["from"]].astype(np.int64)).sum((0, 1)).reshape(-1)
-            events += int((sent * np.bincount(weights.col, minlength=len(sent))).sum())
+            events += _connect(emitting[edge["from"]], receiving[name], weights, fired[edge["from"]])
     chip = sanafe.SpikingChip(arch)
     chip.load(network)
     with contextlib.redirect_stdout(sys.stderr):  # it prints its progress; stdout is for results
@@ -87,6 +80,22 @@ def replay(bundle: Bundle, samples: int = 4) -> dict[str, Any]:
         "simulated": {"spikes": int(found["neurons_fired"]) / count, "synaptic": int(found["spikes"]) / count},
         "assumptions": ASSUMPTIONS,
     }
+
+
+def _connect(source: Any, target: Any, weights: Any, fired: np.ndarray) -> int:
+    """Connect two groups by a sparse matrix; the synaptic events of the spikes `[T, B, ...]` of the source."""
+    pairs = list(zip(weights.col.tolist(), weights.row.tolist(), strict=True))
+    source.connect_neurons_sparse(target, {"weight": [1.0] * len(pairs)}, pairs)
+    sent = np.abs(fired.astype(np.int64)).sum((0, 1)).reshape(-1)
+    return int((sent * np.bincount(weights.col, minlength=len(sent))).sum())
+
+
+def _golden(bundle: Bundle, samples: int) -> np.ndarray:
+    """Golden spikes of the input `[T, B, ...]`, of so many samples at the most."""
+    first = bundle.populations[0]["name"]
+    if f"golden.{first}" not in bundle.tensors:
+        raise FormatError("there are no golden spikes to replay: export with -s golden=4")
+    return bundle.golden(first)[:, :samples]
 
 
 OUTSIDE, EMITTER = "loihi_inputs", "emitters"

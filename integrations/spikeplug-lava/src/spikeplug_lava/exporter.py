@@ -22,8 +22,10 @@ from spikeplug_lava_runtime import Bundle, FormatError, save
 from spikeplug_lava_runtime.format import SPEC, STATE_LIMIT
 
 from .integer import IntegerNetwork
-from .lower import fed, lower
-from .quantize import Layer, Quantizer, bits
+from .lower import lower
+from .populations import bits
+from .quantize import Layer, Quantizer
+from .trace import fed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,7 @@ def report_of(
         with another value; None where that one has no such neurons. `accuracy` of the three where there are labels,
         `agreement` of predictions, `samples`.
     """
-    seen: dict[str, list[int]] = {}
+    seen: dict[str, _Differences] = {}
     peaks: dict[str, int] = {}
     right = {"dense": 0, "converted": 0, "integer": 0}
     same = {"converted with dense": 0, "integer with dense": 0, "integer with converted": 0}
@@ -151,13 +153,7 @@ def report_of(
         for name, spikes in theirs.items():
             ours = fired.get(name)
             if ours is not None and ours.numel() == spikes.numel():
-                spikes = spikes.reshape(ours.shape)
-                row = seen.setdefault(name, [0, 0, 0, 0])
-                differ = ours != spikes
-                row[0] += int(differ.sum())
-                row[1] += differ.numel()
-                row[2] += int(_differing(ours, spikes, network.bundle).sum())
-                row[3] += spikes[0].numel()
+                seen.setdefault(name, _Differences()).add(ours, spikes.reshape(ours.shape), network.bundle)
         predictions = {"dense": dense, "converted": converted.flatten(1).argmax(1), "integer": integer}
         for pair in same:
             one, other = pair.split(" with ")
@@ -173,21 +169,35 @@ def report_of(
                 f"'{name}': a state needs {bits(peak)} bits on a sample that its range was not fitted to, 24 are "
                 f"there: fit it to more, -s fitted={count}"
             )
-    rows = []
-    for layer in layers:
-        other_spikes, places, other_values, windows = seen.get(layer.name, [0, 0, 0, 0])
-        compared = places > 0
-        differing = (
-            {"spikes_differ": other_spikes / places, "values_differ": other_values / windows} if compared else {}
-        )
-        measured = {**dataclasses.asdict(layer), "state_bits": bits(peaks[layer.name])}
-        rows.append({**measured, "spikes_differ": None, "values_differ": None, **differing})
+    measured = [{**dataclasses.asdict(layer), "state_bits": bits(peaks[layer.name])} for layer in layers]
     return {
         "samples": count,
-        "layers": rows,
+        "layers": [{**row, **seen.get(str(row["name"]), _Differences()).shares()} for row in measured],
         "agreement": {pair: each / count for pair, each in same.items()},
         "accuracy": {name: each / count for name, each in right.items()} if labelled else None,
     }
+
+
+@dataclasses.dataclass
+class _Differences:
+    """How many spikes and windows of one population differ, of how many."""
+
+    spikes: int = 0
+    places: int = 0
+    values: int = 0
+    windows: int = 0
+
+    def add(self, one: Tensor, other: Tensor, bundle: Bundle) -> None:
+        self.spikes += int((one != other).sum())
+        self.places += one.numel()
+        self.values += int(_differing(one, other, bundle).sum())
+        self.windows += one[0].numel()
+
+    def shares(self) -> dict[str, float | None]:
+        """Of nothing compared, None."""
+        if not self.places:
+            return {"spikes_differ": None, "values_differ": None}
+        return {"spikes_differ": self.spikes / self.places, "values_differ": self.values / self.windows}
 
 
 def _differing(one: Tensor, other: Tensor, bundle: Bundle) -> Tensor:

@@ -4,108 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from spikeplug import ActivationStats, CodeParams, Encoder, Neuron
+from spikeplug import ActivationStats, CodeParams, Encoder
 from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import ConversionError
 from spikeplug.graph.builder import affine
 from spikeplug.graph.capture import operands
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.operations import Kind
 from spikeplug.graph.streaming import FlowAffine, FlowLayer, FlowSite, Readout, Rescale
 from spikeplug.layers import SpikingLayer
-from spikeplug.site import Site, in_mode
+from spikeplug.site import Site
 
 from .integer import unweighted
+from .populations import Edge, Population, Value
+from .trace import Trace, fed
 
 RESERVED = ("image", "readout", "golden", "input", "output")
 """Names that mean something in the format, or in NIR's graphs."""
-
-AVERAGES = ("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d")
-ADAPTIVE = ("aten.adaptive_avg_pool", "aten._adaptive_avg_pool")
-MEAN = "aten.mean.dim"
-
-
-def fed(node: fx.Node) -> fx.Node:
-    """The node that gives a node its first argument."""
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
-
-
-@dataclasses.dataclass(frozen=True)
-class Edge:
-    """Spikes of a population, through linear operations and weights, to neurons.
-
-    Attributes:
-        source: the population.
-        ops: what happens ahead of the weights; as in the format, and `index` of a gather as a tensor.
-        op: the weighted operation, without its weight: `conv`, `linear` or `scale`.
-        weight: its weights in real units; of a `scale`, one or one per channel.
-        behind: operations behind the weights, on the way to the neurons.
-        factor: of averages ahead of the weights.
-    """
-
-    source: Population
-    ops: tuple[dict[str, Any], ...] = ()
-    op: Mapping[str, Any] | None = None
-    weight: Tensor | None = None
-    behind: tuple[dict[str, Any], ...] = ()
-    factor: float = 1.0
-
-    def then(self, *ops: dict[str, Any], factor: float = 1.0) -> Edge:
-        """The same with more operations."""
-        if self.weight is None:
-            return dataclasses.replace(self, ops=(*self.ops, *ops), factor=self.factor * factor)
-        return dataclasses.replace(self, behind=(*self.behind, *ops), weight=self.weight * factor)
-
-
-@dataclasses.dataclass(eq=False)
-class Population:
-    """Neurons, before they are made integers.
-
-    Attributes:
-        kind: `input`, `neurons` or `readout`.
-        shape: without the batch.
-        value: what it receives.
-        encoder, params: its code; of codes that flow the amplitude is in `params.scale`.
-        neuron: of codes that flow, its dynamics.
-        activation: what the dense network has there.
-        refitted: whether its code was fitted here, since the converted network decodes in that place.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    value: Value
-    encoder: Encoder | None = None
-    params: CodeParams | None = None
-    neuron: Neuron | None = None
-    activation: Kind | None = None
-    refitted: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """What a node of the graph stands for: a sum over edges and a bias; and, on the way to its code, what follows.
-
-    Attributes:
-        bias: broadcasts against the shape; of codes that flow the share of one step.
-        raw: whether it is the network's input itself.
-        activation: pending, with the path of its node; and operations behind it, and the factor of averages in them.
-    """
-
-    edges: tuple[Edge, ...] = ()
-    bias: Tensor | None = None
-    raw: bool = False
-    activation: tuple[Kind, str] | None = None
-    tail: tuple[dict[str, Any], ...] = ()
-    factor: float = 1.0
 
 
 def lower(model: nn.Module, samples: Tensor) -> list[Population]:
@@ -122,32 +42,10 @@ def lower(model: nn.Module, samples: Tensor) -> list[Population]:
     return _Lowering(model, samples).run()
 
 
-class _Recorder(fx.Interpreter):
-    """Runs the dense network and keeps what every node gives."""
-
-    def __init__(self, model: SpikingGraph) -> None:
-        super().__init__(model.program)
-        self.found: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.found[n] = result = super().run_node(n)
-        return result
-
-
-class _Lowering:
+class _Lowering(Trace):
     def __init__(self, model: SpikingGraph, samples: Tensor) -> None:
-        self.model, self.populations = model, list[Population]()
-        nodes = list(model.program.graph.nodes)
-        self.paths = {node: str(node.meta["path"]) for node in nodes}
-        self.kinds = {node: model.kinds[node.name] for node in nodes}
-        inputs = [node for node in nodes if node.op == "placeholder"]
-        results = next(node for node in nodes if node.op == "output").args[0]
-        if len(inputs) != 1 or len(results) != 1:
-            raise ConversionError(f"{model.captured.name} has several inputs or results: one of each can be exported")
-        recorder = _Recorder(model)
-        with torch.no_grad(), in_mode(model, "dense"):
-            recorder.run(samples)
-        self.found = recorder.found
+        super().__init__(model, samples)
+        self.populations: list[Population] = []
         self.names: set[str] = set()
         self.of_site: dict[int, Population] = {}
         self.of_activation: dict[str, Population] = {}
@@ -164,14 +62,6 @@ class _Lowering:
             values[node] = self._value(node, values)
         raise AssertionError("a graph has an output")
 
-    def refuse(self, node: fx.Node, why: str) -> ConversionError:
-        return ConversionError(f"'{self.paths[node]}' ({self.kinds[node].type}) cannot be exported: {why}")
-
-    def shape(self, node: fx.Node) -> tuple[int, ...]:
-        if not isinstance(self.found[node], Tensor):
-            raise self.refuse(node, "it gives several tensors")
-        return tuple(self.found[node].shape[1:])
-
     def name(self, path: str) -> str:
         """A name for a population, that of the dense network's operation where nothing else has it."""
         name = path
@@ -180,11 +70,8 @@ class _Lowering:
         self.names.add(name)
         return name
 
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.model.program.get_submodule(str(node.target)) if node.op == "call_module" else None
-
     def _value(self, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
-        kind, module = self.kinds[node].kind, self._module(node)
+        kind, module = self.kinds[node].kind, self.module(node)
         inputs = [values[each] for each in node.all_input_nodes if each in values]
         if kind == "input":
             return Value(raw=True)
@@ -193,7 +80,7 @@ class _Lowering:
         if node.target is affine and not inputs[0].raw:
             scale, shift = (self.found[each].detach() for each in node.args[1:3])  # type: ignore[index]
             return self._weighted(
-                node, None, self.linear(node, inputs[0]), self._by_channel(node, scale), self._by_channel(node, shift)
+                node, None, self.linear(node, inputs[0]), self.by_channel(node, scale), self.by_channel(node, shift)
             )
         if kind == "activation":
             value = self.linear(node, inputs[0])
@@ -224,7 +111,7 @@ class _Lowering:
             weight, bias = (None if each is None else each.detach() for each in module.absorbed())
             assert weight is not None
             if isinstance(module, FlowAffine):
-                weight, bias = self._by_channel(node, weight), None if bias is None else self._by_channel(node, bias)
+                weight, bias = self.by_channel(node, weight), None if bias is None else self.by_channel(node, bias)
             return self._weighted(node, module, value, weight, bias)
         if isinstance(module, SpikingLayer):
             return self._window_layer(node, module, value)
@@ -238,18 +125,6 @@ class _Lowering:
             unit = module.source[0]
             return value if unit is None else self._scaled(value, float(unit.amplitude))
         raise AssertionError(type(module).__name__)
-
-    def _by_channel(self, node: fx.Node, tensor: Tensor) -> Tensor:
-        """A constant that differs by channel only, as `[C]`."""
-        shape = self.shape(node)
-        plain = (
-            tensor.expand(shape[:1] + (1,) * (len(shape) - 1))
-            if tensor.ndim < len(shape) or tensor.ndim == 0
-            else tensor
-        )
-        if any(size != 1 for size in plain.shape[1:]):
-            raise self.refuse(node, "its constants differ by more than the channel")
-        return plain.reshape(-1)
 
     def _flow_site(self, node: fx.Node, site: FlowSite, value: Value) -> Value:
         shape = self.shape(node)
@@ -417,7 +292,7 @@ class _Lowering:
         return Value(tuple(edges), shaped)
 
     def _linear(self, node: fx.Node, module: nn.Module | None, value: Value) -> Value:
-        ops, factor = self._ops(node, module)
+        ops, factor = self.linear_form(node, module)
         if value.raw and (factor != 1 or any(op["op"] == "sum_pool" for op in ops)):
             raise self.refuse(node, "it changes the network's input before it is coded, do that before the network")
         if value.activation is not None or value.raw:
@@ -428,94 +303,9 @@ class _Lowering:
             bias = self._apply(node, whole)[0]
         return Value(tuple(edge.then(*ops, factor=factor) for edge in value.edges), bias)
 
-    def _ops(self, node: fx.Node, module: nn.Module | None) -> tuple[list[dict[str, Any]], float]:
-        """A linear operation in the format's words, and what its result is to be multiplied by."""
-        given, shape = self.shape(fed(node)), self.shape(node)
-        pooled = self._pooling(node, module, given, shape)
-        if pooled is not None:
-            kernel, stride, padding = pooled
-            ops = [{"op": "sum_pool", "kernel": kernel, "stride": stride, "padding": padding}]
-            reduced = tuple(
-                (size + 2 * p - k) // s + 1 for size, k, s, p in zip(given[1:], kernel, stride, padding, strict=True)
-            )
-            if (given[0], *reduced) != shape:
-                ops.append({"op": "reshape", "shape": list(shape)})
-            return ops, 1 / math.prod(kernel)
-        if self.kinds[node].pools:
-            raise self.refuse(node, "of poolings only averages with equal windows can be")
-        return self._selection(node, given, shape)
-
-    def _pooling(
-        self, node: fx.Node, module: nn.Module | None, given: tuple[int, ...], shape: tuple[int, ...]
-    ) -> tuple[list[int], list[int], list[int]] | None:
-        dims, name = len(given) - 1, str(node.target)
-        if name.startswith(AVERAGES):
-            _, size, stride_, padding_, ceil, include, *rest = operands(node)
-            kernel = _tuple(size, dims)
-            stride, padding = _tuple(stride_ or size, dims), _tuple(padding_, dims)
-            plain = include or not any(padding)
-            if ceil or any(rest) or not plain:
-                raise self.refuse(node, "its windows are not all divided by the same number")
-            return kernel, stride, padding
-        if name.startswith(ADAPTIVE):
-            sizes = shape[1:]
-            if any(size % to for size, to in zip(given[1:], sizes, strict=True)):
-                raise self.refuse(node, "its windows are not all of one size")
-            kernel = [size // to for size, to in zip(given[1:], sizes, strict=True)]
-            return kernel, kernel, [0] * dims
-        if name == MEAN:
-            over = sorted(dim % (dims + 2) for dim in _tuple(node.args[1] or [], 1))
-            if over != list(range(2, dims + 2)):
-                raise self.refuse(node, f"a mean over dimensions {over} has no form in the format")
-            return list(given[1:]), list(given[1:]), [0] * dims
-        return None
-
-    def _selection(
-        self, node: fx.Node, given: tuple[int, ...], shape: tuple[int, ...]
-    ) -> tuple[list[dict[str, Any]], float]:
-        """What a linear operation does to a numbered plane: where it only moves values, their numbers say how."""
-        numbers = torch.arange(1, math.prod(given) + 1, dtype=torch.float64).reshape(1, *given)
-        moved, ones = self._apply(node, numbers)[0], self._apply(node, torch.ones_like(numbers))[0]
-        factor = float(ones.flatten()[ones.abs().argmax()])
-        index = (moved / factor if factor else moved).round().clamp(0, numbers.numel())
-        # Averages of numbers may be numbers too: only what holds of any values is a move.
-        generator = torch.Generator().manual_seed(0)
-        values = torch.rand(numbers.shape, dtype=torch.float64, generator=generator)
-        wanted = torch.cat([values.new_zeros(1), values.flatten()])[index.long()] * factor
-        if not torch.allclose(self._apply(node, values)[0], wanted, rtol=1e-9, atol=1e-12):
-            raise self.refuse(node, "it mixes values in a way that has no form in the format")
-        if index.numel() == numbers.numel() and bool((index.flatten() == numbers.flatten()).all()):
-            return ([] if given == shape else [{"op": "reshape", "shape": list(shape)}]), factor
-        return [{"op": "gather", "index": index.to(torch.int32), "shape": list(shape)}], factor
-
-    def _apply(self, node: fx.Node, x: Tensor) -> Tensor:
-        """A node's operation on another tensor of one sample."""
-        size = len(self.found[fed(node)])
-
-        def value(argument: fx.Node) -> Any:
-            if argument is fed(node):
-                return x.expand(size, *x.shape[1:])
-            return self.found[argument]
-
-        args, kwargs = fx.node.map_arg(node.args, value), fx.node.map_arg(node.kwargs, value)
-        if node.op == "call_module":
-            result = self.model.program.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        if not isinstance(result, Tensor):
-            raise self.refuse(node, "it gives several tensors")
-        return result[:1]
-
     def _read_out(self, value: Value, node: fx.Node) -> None:
         value = self.linear(node, value)
         self.populations.append(Population("readout", "readout", self.shape(node), value))
-
-
-def _tuple(value: Any, dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return [int(each) for each in (values * dims if len(values) == 1 else values)]
 
 
 def _padding(module: Any, weight: Tensor) -> list[int]:

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from spikeplug.architecture import Watch, unwatched
 from spikeplug.errors import ConversionError
-from spikeplug_lava_runtime.format import CODES, STATE_LIMIT, WEIGHT_LIMIT, Bundle
+from spikeplug_lava_runtime.format import STATE_LIMIT, WEIGHT_LIMIT, Bundle
 
-from .integer import IntegerNetwork, emission
-from .lower import Edge, Population
-
-MARGIN = 2.0
-"""How many times the states seen on samples fit: one bit is spare."""
+from .integer import IntegerNetwork
+from .populations import Edge, Population, bits, check_alike, check_code
+from .rules import TernaryRules, WindowRules
 
 FEWEST = 16
 """Magnitude that the largest weight of a population has at the least; below it 24 bits of state are too few."""
@@ -29,10 +27,6 @@ FEWEST = 16
 NARROW = 64
 """Magnitude below which the largest weight of a channel counts as narrowed in the report."""
 
-FEW = 0.1
-"""Share of a population's channels whose weights may have fewer bits rather than all states fewer fraction bits."""
-
-MOST_FRACTION = 8
 BETAS = {1.5: "3/2", 2.0: "2"}
 PAYLOAD_BITS = 12
 
@@ -149,7 +143,7 @@ class Quantizer:
         largest = largest.max().expand(channels) if shared else largest
         # A neuron that nothing reaches has a unit all the same: that of its neighbours.
         unit = torch.where(largest > 0, largest, largest.max().clamp(min=1e-30)) / WEIGHT_LIMIT
-        rules: Any = _Ternary(self, population) if self.code == "css" else _Windows(self, population)
+        rules: Any = TernaryRules(self, population) if self.code == "css" else WindowRules(self, population)
         wider: Tensor | None = unit
         while wider is not None:  # once more, with a larger unit, where a state does not fit
             described |= rules.parameters(wider.max().expand(channels) if shared else wider)
@@ -250,180 +244,6 @@ class Quantizer:
         return name
 
 
-class _Ternary:
-    """TSA and TSA-ReLU."""
-
-    def __init__(self, quantizer: Quantizer, population: Population) -> None:
-        self.q, self.population = quantizer, population
-        self.beta = 2.0 if quantizer.graph["beta"] == "2" else 1.5
-        self.readout = population.kind == "readout"
-        self.title = population.neuron.name if population.neuron is not None else "readout"
-        self.rectify = self.title == "tsa-relu"
-        self.negative = getattr(population.neuron, "negative", True)
-        self.fraction = MOST_FRACTION if quantizer.wanted is None else quantizer.wanted
-        # A readout only adds up: its rounding is never compared with a threshold.
-        fewest = 0 if self.readout else 4 if self.beta == 1.5 else 1
-        self.fewest = fewest if quantizer.wanted is None else self.fraction
-        self.unit = torch.ones(())
-
-    def _shaped(self, each: Tensor) -> Tensor:
-        return each.reshape(-1, *[1] * (len(self.population.shape) - 1))
-
-    def parameters(self, unit: Tensor) -> dict[str, Any]:
-        """Store the parameters for a unit of the weights `[C]`."""
-        amplitude = self.beta ** self.q.graph["silent"]
-        # What all of its spikes together are worth must fit, whatever comes in; a readout fires none.
-        total = 0.0 if self.readout else amplitude * sum(self.beta**t for t in range(self.q.steps))
-        bias = _channels(self.population, self.population.value.bias)
-        needed = bias.clamp(min=total)
-        self._lower(needed / unit * 2.0**self.fraction)
-        unit = torch.maximum(unit, needed * 2.0**self.fraction * MARGIN / STATE_LIMIT)
-        found: dict[str, Any] = {"fraction": self.fraction, "bias": None}
-        one = 2.0**self.fraction
-        if self.readout:
-            self.unit = unit
-            found["scale"] = f"{self.population.name}.scale"
-            self.q.tensors[found["scale"]] = self._shaped(unit / one).to(torch.float32)
-        else:
-            # Half of an amplitude is a whole number of states, so that no threshold is rounded.
-            half = torch.floor(amplitude * one / 2 / unit).clamp(min=1)
-            self.unit = amplitude * one / 2 / half
-            found["threshold"] = self.q.put(self.population, "threshold", self._shaped(half))
-            found |= {"rectify": self.rectify, "negative": self.negative, "ceiling": None}
-            top = getattr(self.population.neuron, "top", float("inf"))
-            if top < float("inf"):
-                after = torch.arange(self.q.steps, dtype=torch.float64) + self.q.graph["silent"] + 1 - self.q.steps
-                growth = (self.beta**after).reshape(-1, *[1] * len(self.population.shape))
-                limits = top * growth * one / self._shaped(self.unit)
-                # No state is larger than the limit, so a ceiling beyond it is none.
-                found["ceiling"] = self.q.put(self.population, "ceiling", limits.clamp(max=STATE_LIMIT))
-        if self.population.value.bias is not None:
-            bias = self.population.value.bias.double() * one / self._shaped(self.unit)
-            found["bias"] = self.q.put(self.population, "bias", bias)
-        return found
-
-    def widened(self, peak: Tensor) -> Tensor | None:
-        """The unit with which states of that size fit; fraction bits are given up first. None: they fit."""
-        over = peak.double() * MARGIN / STATE_LIMIT
-        if bool((over <= 1).all()):
-            return None
-        over = over * 2.0 ** -self._lower(peak.double())
-        wider: Tensor = self.unit * over.clamp(min=1)
-        return wider
-
-    def _lower(self, states: Tensor) -> int:
-        """Give up fraction bits while states `[C]` do not fit in more than a few channels; how many were."""
-        lowered = 0
-        while self.fraction > self.fewest and float((states * MARGIN > STATE_LIMIT).double().mean()) > FEW:
-            self.fraction, states, lowered = self.fraction - 1, states / 2, lowered + 1
-        return lowered
-
-
-class _Windows:
-    """BSE, phase, TTFS and rate: a window is taken in, then another is emitted."""
-
-    def __init__(self, quantizer: Quantizer, population: Population) -> None:
-        self.q, self.population = quantizer, population
-        self.readout = population.kind == "readout"
-        names = {"bse": "BSE (Horner)", "phase": "phase", "ttfs": "TTFS", "rate": "rate IF"}
-        self.title = "readout" if self.readout else names[quantizer.code]
-        self.unit = torch.ones(())
-
-    def _shaped(self, each: Tensor) -> Tensor:
-        return each.reshape(-1, *[1] * (len(self.population.shape) - 1))
-
-    def parameters(self, unit: Tensor) -> dict[str, Any]:
-        """Store the parameters for a unit of the weights `[C]`."""
-        population, code, steps = self.population, self.q.code, self.q.steps
-        found: dict[str, Any] = {"bias": None}
-        bias = torch.zeros(()) if population.value.bias is None else population.value.bias
-        bias = bias.double()
-        if self.readout:
-            self.unit = unit = torch.maximum(unit, _channels(self.population, bias) * MARGIN / STATE_LIMIT)
-            found["scale"] = f"{population.name}.scale"
-            self.q.tensors[found["scale"]] = self._shaped(unit).to(torch.float32)
-            half = torch.zeros(())
-        else:
-            assert population.params is not None
-            scale, offset = float(population.params.scale), float(population.params.offset)
-            # The emitting potential must fit as well, whatever comes in.
-            most = emission(code, steps)[1]
-            bias = bias - offset
-            needed = _channels(self.population, bias).clamp(min=scale * most) * MARGIN
-            unit = torch.maximum(unit, needed / STATE_LIMIT)
-            theta = torch.floor(scale / unit).clamp(min=1)
-            self.unit = scale / theta
-            half = self._shaped(theta) / 2
-            if code in ("phase", "rate") or getattr(population.encoder, "rounding", "nearest") == "floor":
-                half = torch.zeros(())
-            if code == "phase":
-                found |= self._tables(theta)
-            else:
-                found["threshold"] = self.q.put(population, "threshold", self._shaped(theta))
-            if code in ("phase", "rate"):
-                found["rectify"] = population.activation is not None
-        total = bias / self._shaped(self.unit) + half
-        if bool((total != 0).any()):
-            found["bias"] = self.q.put(population, "bias", total)
-        return found
-
-    def _tables(self, theta: Tensor) -> dict[str, str]:
-        """Thresholds and resets of every step, `[T, C, ...]`, and what a potential is clipped to `[C, ...]`."""
-        population: Any = self.population
-        one = 2.0**population.encoder.fraction
-        shaped = self._shaped(theta)
-        tables = {"ceiling": self.q.put(population, "ceiling", shaped)}
-        for key in ("threshold", "reset"):
-            table = population.params.extra[key].double().cpu().reshape(-1, *[1] * shaped.ndim) / one * shaped
-            tables[key] = self.q.put(population, key, table.clamp(min=1) if key == "threshold" else table)
-        return tables
-
-    def widened(self, peak: Tensor) -> Tensor | None:
-        """The unit with which states of that size fit. None: they fit."""
-        over = peak.double() * MARGIN / STATE_LIMIT
-        return None if bool((over <= 1).all()) else self.unit * over.clamp(min=1)
-
-
-def _channels(population: Population, bias: Tensor | None) -> Tensor:
-    """Largest magnitude of a bias by channel `[C]`."""
-    if bias is None:
-        return torch.zeros(population.shape[0], dtype=torch.float64)
-    return bias.double().abs().expand(population.shape).reshape(population.shape[0], -1).amax(1)
-
-
-def check_alike(populations: list[Population]) -> None:
-    """Refuse sites with options of their own: a network has one code on one clock. Raises ConversionError."""
-    first, neurons = populations[0].encoder, [each.neuron for each in populations if each.neuron is not None]
-    assert first is not None
-    for population in populations[1:]:
-        encoder, neuron = population.encoder, population.neuron
-        if encoder is not None and (encoder.name, encoder.steps) != (first.name, first.steps):
-            raise ConversionError(
-                f"'{population.name}' is coded by {encoder.name} in {encoder.steps} steps, the input by {first.name} "
-                f"in {first.steps}: one code and number of steps can be exported, leave such overrides out"
-            )
-        for option in ("beta", "silent"):
-            mine, others = getattr(neuron, option, None), getattr(neurons[0], option, None) if neurons else None
-            if neuron is not None and mine != others:
-                raise ConversionError(
-                    f"'{population.name}' has {option}={mine}, another has {others}: one can be exported"
-                )
-
-
-def check_code(population: Population) -> None:
-    """Refuse, by name, a code or neuron without an integer form. Raises ConversionError."""
-    encoder, neuron, name = population.encoder, population.neuron, population.name
-    if encoder is None:
-        return
-    if encoder.name not in CODES:
-        raise ConversionError(f"'{name}': code '{encoder.name}' has no integer form: one of {', '.join(CODES)} has")
-    for option in ("spikes", "mask"):
-        if getattr(encoder, option, 0):
-            raise ConversionError(f"'{name}': {option}={getattr(encoder, option)} has no integer form, {option}=0 has")
-    if neuron is not None and neuron.name not in ("tsa", "tsa-relu"):
-        raise ConversionError(f"'{name}': neuron '{neuron.name}' has no integer form: tsa and tsa-relu have")
-
-
 def _int8(weight: Tensor) -> Tensor:
     return weight.round().clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT).to(torch.int8)
 
@@ -432,8 +252,3 @@ def _by_channel(weight: Tensor, channels: int) -> Tensor:
     """Largest magnitude of the weights of every channel `[C]`; of other than C channels, of all."""
     found = weight.abs().flatten(1).amax(1) if weight.ndim > 1 else weight.abs()
     return found if len(found) == channels else found.max().expand(channels)
-
-
-def bits(magnitude: float) -> int:
-    """Bits of a signed whole number of that magnitude."""
-    return int(magnitude).bit_length() + 1

@@ -6,7 +6,8 @@ Fused, a product of two activations is that of their decoded values, and is code
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,9 @@ PREFIX = ("prefix_key", "prefix_value")
 
 DIVISION = "division"
 """Module of an attention block whose softmax is divided behind the product with v (the pass `defer-softmax`)."""
+
+Arrange: TypeAlias = Callable[[Tensor, int], Tensor]
+"""How a tensor enters a product, and of which step."""
 
 REFUSED = ("softcap", "s_aux", "head_mask", "position_bias")
 """Arguments of transformers' attention functions that change the result and have no form here."""
@@ -71,24 +75,10 @@ def spiking_attention(
     if ahead and attention_mask is not None:
         attention_mask = F.pad(attention_mask, (ahead[0].shape[1], 0))
     division = getattr(module, DIVISION, None)
-
-    # One product for the query heads that share a key head: [B, H_kv, groups * S, D] x [B, H_kv, D, K].
-    def rows(x: Tensor, _: int) -> Tensor:
-        return x.reshape(batch, kv_heads, -1, x.shape[-1])
-
-    def queries(x: Tensor, step: int) -> Tensor:
-        return rows(x * scaling, step)
-
-    def keys(x: Tensor, step: int) -> Tensor:
-        return _behind(ahead[0], x, step) if ahead else x
-
-    def values(x: Tensor, step: int) -> Tensor:
-        x = _behind(ahead[1], x, step) if ahead else x
-        # A column of ones sums the coded probabilities.
-        return F.pad(x, (0, 1), value=float(step == 0)).mT if division is not None else x.mT
-
+    rows, keys, values = _arrangements(batch, kv_heads, ahead, division is not None)
     scores, _ = matrix_product_of(
-        Operand(_site(module, "query"), query, queries), Operand(_site(module, "key"), key, keys, new)
+        Operand(_site(module, "query"), query, lambda x, step: rows(x * scaling, step)),
+        Operand(_site(module, "key"), key, keys, new),
     )
     scores = scores.view(batch, heads, length, -1)
     if attention_mask is not None:
@@ -97,14 +87,34 @@ def spiking_attention(
     if division is not None:
         probabilities = probabilities / probabilities.amax(-1, keepdim=True)
     probabilities = F.dropout(probabilities, dropout, module.training)
-    output, coded = matrix_product_of(
-        Operand(_site(module, "probabilities"), probabilities, rows),
-        Operand(_site(module, "value"), value, values, new),
-    )
+    weights = Operand(_site(module, "probabilities"), probabilities, rows)
+    output, coded = matrix_product_of(weights, Operand(_site(module, "value"), value, values, new))
     if division is not None:
         output, coded = division(output), None
     output = output.to(query.dtype).view(batch, heads, length, size).transpose(1, 2).contiguous()
     return output, coded if coded is None else coded.view(batch, heads, length, -1)
+
+
+def _arrangements(batch: int, kv_heads: int, ahead: Sequence[Tensor], summed: bool) -> tuple[Arrange, Arrange, Arrange]:
+    """How operands of the two products lie: rows of query heads; keys; and values, with a column of ones if `summed`.
+
+    Args:
+        ahead: keys and values of a prefix, or nothing.
+    """
+
+    # One product for the query heads that share a key head: [B, H_kv, groups * S, D] x [B, H_kv, D, K].
+    def rows(x: Tensor, _: int) -> Tensor:
+        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+    def keys(x: Tensor, step: int) -> Tensor:
+        return _behind(ahead[0], x, step) if ahead else x
+
+    def values(x: Tensor, step: int) -> Tensor:
+        x = _behind(ahead[1], x, step) if ahead else x
+        # A column of ones sums the coded probabilities.
+        return F.pad(x, (0, 1), value=float(step == 0)).mT if summed else x.mT
+
+    return rows, keys, values
 
 
 def _refuse_arguments(given: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,29 +118,17 @@ def evaluate(opened: Opened, text: Path, *, seqlen: int, tokens: int | None, wat
     if context is not None and batches[0].shape[1] > context:
         raise OptionError(f"seqlen={batches[0].shape[1]}: the model's context is {context} tokens")
     spiking = any(isinstance(module, Coder) for module in model.modules())
-    total, targets = 0.0, 0
-    start, timed = time.perf_counter(), 0
     with count_spikes(model) if spiking else contextlib.nullcontext() as counts:
-        for index, batch in enumerate(batches):
-            watch("evaluating", index, len(batches))
-            batch = batch.to(model.device)
-            logits = model(batch, use_cache=False).logits[0, :-1].float()
-            total += F.cross_entropy(logits, batch[0, 1:], reduction="sum").item()
-            targets += batch.shape[1] - 1
-            if index == 0 and len(batches) > 1:
-                start = time.perf_counter()  # the first window warms caches and threads up
-            else:
-                timed += batch.numel()
-        watch("evaluating", len(batches), len(batches))
-    seconds = time.perf_counter() - start
+        total, tokens_per_second = _log_likelihood(model, batches, watch)
     if not math.isfinite(total):
         raise NonFiniteError(f"the model's logits on {text.name} are NaN or infinite")
     seen = sum(batch.numel() for batch in batches)
+    targets = seen - len(batches)
     size = batches[0].shape[1]
     result: dict[str, Any] = {
         "perplexity": math.exp(min(total / targets, 700.0)),
         "protocol": {**protocol, "seqlen": size, "stride": size, "tokens": seen, "targets": targets},
-        "tokens_per_second": timed / seconds,
+        "tokens_per_second": tokens_per_second,
     }
     result["protocol"] |= {"dtype": str(model.dtype).removeprefix("torch."), "model": opened.name}
     if counts is not None:
@@ -148,3 +137,19 @@ def evaluate(opened: Opened, text: Path, *, seqlen: int, tokens: int | None, wat
         result["report"] = report(model).summary()
         result["config"] = conversion_of(model).config.model_dump(mode="json")
     return result
+
+
+def _log_likelihood(model: Any, batches: Sequence[Tensor], watch: Watch) -> tuple[float, float]:
+    """Negative log-likelihood of all targets, summed, and tokens per second."""
+    total, timed, start = 0.0, 0, time.perf_counter()
+    for index, batch in enumerate(batches):
+        watch("evaluating", index, len(batches))
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits[0, :-1].float()
+        total += F.cross_entropy(logits, batch[0, 1:], reduction="sum").item()
+        if index == 0 and len(batches) > 1:
+            start = time.perf_counter()  # the first window warms caches and threads up
+        else:
+            timed += batch.numel()
+    watch("evaluating", len(batches), len(batches))
+    return total, timed / (time.perf_counter() - start)

@@ -19,7 +19,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.conversion.networks import Networks
 from spikeplug.conversion.plan import Plan
 from spikeplug.conversion.record import Conversion
-from spikeplug.conversion.verbs import architecture_of, refuse_target
+from spikeplug.conversion.verbs import SpikeCounts, architecture_of, refuse_target
 from spikeplug.costs import charge
 from spikeplug.diagnosis import Diagnosis
 from spikeplug.errors import BundleError, ConversionError, OptionError
@@ -226,18 +226,23 @@ class Vision(Networks):
             "protocol": {"images": images.name, "batch": batch, "device": device, "torch": torch.__version__},
             "dense": _accuracy(torch.cat(dense), images.labels) | {"ms_per_image": 1e3 * seconds[0] / len(images)},
         }
-        if run is None:
-            return result
-        assert isinstance(model, SpikingGraph)
-        own = _accuracy(torch.cat(spiking), images.labels) | {"ms_per_image": 1e3 * seconds[1] / len(images)}
-        agreement = float((torch.cat(spiking).argmax(1) == torch.cat(dense).argmax(1)).double().mean())
-        steps = spikeplug.report(model).delay
-        result["spiking"] = own | {"agreement": agreement, "framework": framework, "steps_to_result": steps}
+        if run is not None:
+            own = _accuracy(torch.cat(spiking), images.labels) | {"ms_per_image": 1e3 * seconds[1] / len(images)}
+            agreement = float((torch.cat(spiking).argmax(1) == torch.cat(dense).argmax(1)).double().mean())
+            steps = spikeplug.report(model).delay
+            result["spiking"] = own | {"agreement": agreement, "framework": framework, "steps_to_result": steps}
         if counts is not None:
-            by_site = {name: found.spikes / max(1, found.neurons) for name, found in counts.by_site.items()}
-            fired = {"per_image": counts.total / len(images), "total": counts.total, "per_neuron": by_site}
-            result |= {"spikes": fired, "energy": charge(model, counts, len(images)).summary()}
+            result |= _counted(model, counts, len(images))
         return result
+
+
+def _counted(model: nn.Module, counts: SpikeCounts, images: int) -> dict[str, Any]:
+    """Spikes and energy of a number of images."""
+    by_site = {name: found.spikes / max(1, found.neurons) for name, found in counts.by_site.items()}
+    return {
+        "spikes": {"per_image": counts.total / images, "total": counts.total, "per_neuron": by_site},
+        "energy": charge(model, counts, images).summary(),
+    }
 
 
 def preprocess_of(model: nn.Module) -> Mapping[str, Any]:

@@ -14,9 +14,10 @@ from spikeplug.site import Coder
 from spikeplug.stats import ActivationStats, require_finite
 from spikeplug.types import CodeParams, impulse
 
-from .asnc import Fit, Function, Table, fit, patterns
+from .asnc import Table, fit, patterns
 from .encoder import BSE
 from .neuron import BitIF, CodecIF
+from .segments import Fit, Function
 
 CHUNK = 1 << 16
 """Inputs that a CPU computes at a time, so that what lies between input and output stays in its cache."""

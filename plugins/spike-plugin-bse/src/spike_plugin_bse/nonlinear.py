@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from spikeplug.errors import OptionError, listed
 
-from .asnc import Fit
 from .codec import Codec
+from .segments import Fit
 
 POINTWISE = (
     "elu", "exp", "gelu", "gelu_new", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "mish", "quick_gelu",

@@ -113,18 +113,14 @@ class STE:
         own(model)  # the dense model that it was made of keeps its weights
         weights = {name: each for name, each in model.named_parameters() if each.is_floating_point()}
         frozen = {each: each.requires_grad for each in weights.values()}
-        optimizer = torch.optim.AdamW(
-            list(weights.values()), lr=self.lr, betas=(self.beta1, self.beta2), weight_decay=self.weight_decay
-        )
-        head = {
-            "trainer": {"name": self.name, **dataclasses.asdict(self), "batches": len(batches)},
-            "architecture": type(architecture).__name__,
-            "config": config.model_dump(mode="json"),
-        }
-        losses: list[float] = []
+        betas = (self.beta1, self.beta2)
+        optimizer = torch.optim.AdamW(list(weights.values()), lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+        trainer = {"name": self.name, **dataclasses.asdict(self), "batches": len(batches)}
+        kind = type(architecture).__name__
+        head = {"trainer": trainer, "architecture": kind, "config": config.model_dump(mode="json")}
         folder = None if checkpoint is None else Path(checkpoint)
-        if folder is not None and folder.exists():
-            losses = _restore(folder, head, weights, optimizer)
+        resumed = folder if folder is not None and folder.exists() else None
+        losses: list[float] = [] if resumed is None else _restore(resumed, head, weights, optimizer)
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)
