@@ -1,4 +1,4 @@
-"""CNNs: accuracy of spiking networks beside their dense twins, ablations, cost, and SpikingJelly's own conversion.
+"""CNNs: accuracy of spiking networks beside the dense ones, ablations, cost, and SpikingJelly's own conversion.
 
     python benchmarks/cnn_tables.py cifar --data DATA [--count 5000] [--network cifar_resnet20]
     python benchmarks/cnn_tables.py ablation --data DATA [--count 1000]
@@ -82,7 +82,7 @@ def run(net: Callable[[Tensor], Tensor], x: Tensor, batch: int = BATCH) -> tuple
 
 
 class Twin:
-    """A dense network, its images, and rows of spiking twins."""
+    """A dense network, its images, and rows of spiking counterparts."""
 
     def __init__(self, build: Callable[[], nn.Module], calibration: Tensor, x: Tensor, labels: Tensor) -> None:
         self.build, self.calibration, self.x, self.labels = build, calibration, x, labels
@@ -96,7 +96,7 @@ class Twin:
         with spikeplug.count_spikes(spiking) as counts:
             found, ms = run(spiking, self.x)
         fired = counts.total / sum(count.neurons for count in counts.by_site.values())
-        from spikeplug.costs import charge
+        from spikeplug.measure.energy import charge
 
         energy = charge(spiking, counts, len(self.x)).summary()
         right = float((found.argmax(1) == self.labels).double().mean())
@@ -241,13 +241,13 @@ def cost(arguments: argparse.Namespace) -> None:
 
 def _layers_alone(spiking: SpikingGraph, x: Tensor) -> float:
     """Milliseconds of CPU that convolutions and linear layers take by themselves, on the inputs that they get."""
-    from spikeplug.graph.streaming import FlowLayer
+    from spikeplug.graph.streaming import StreamingLayer
 
-    inputs: list[tuple[FlowLayer, Tensor]] = []
+    inputs: list[tuple[StreamingLayer, Tensor]] = []
     handles = [
         module.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0])))
         for module in spiking.modules()
-        if isinstance(module, FlowLayer)
+        if isinstance(module, StreamingLayer)
     ]
     with torch.inference_mode():
         spiking(x)
@@ -276,7 +276,7 @@ def _flowing_rows(twin: Twin) -> Iterator[list[str]]:
             found, ms = run(spiking, twin.x)
             said = f"{recipe}{', compiled' if compiled else ''}"
             delay = str(spikeplug.report(spiking).delay)
-            yield [said, str(spiking.flow.steps), delay, *_score(twin, found), f"{ms:.1f}"]
+            yield [said, str(spiking.stream.steps), delay, *_score(twin, found), f"{ms:.1f}"]
 
 
 def _rate_rows(twin: Twin) -> Iterator[list[str]]:

@@ -19,12 +19,12 @@ import yaml
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.architecture import Opened
 from spikeplug.cli import language
+from spikeplug.coding.site import sites
+from spikeplug.coding.statistics import ActivationStats
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import Opened
 from spikeplug.errors import UnknownNameError
-from spikeplug.site import sites
-from spikeplug.stats import ActivationStats
 
 LAYER = 15
 PAPER_1 = {

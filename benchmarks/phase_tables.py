@@ -20,8 +20,8 @@ from site_bench import PREFIXQUANT, Bench, parser, show
 
 from spike_plugin_phase.encoder import Phase
 from spike_plugin_phase.trainer import learn_all
-from spikeplug.site import Site
-from spikeplug.types import CodeParams
+from spikeplug.coding.site import Site
+from spikeplug.coding.types import CodeParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "las": {"rounding": "floor"},

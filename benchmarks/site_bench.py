@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 import spikeplug
-from spikeplug.architecture import Opened
 from spikeplug.cli import language
+from spikeplug.coding.site import Site, sites
+from spikeplug.coding.types import Encoder
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import Opened
 from spikeplug.conversion.verbs import observe
-from spikeplug.site import Site, sites
-from spikeplug.types import Encoder
 
 PREFIXQUANT = ("input", "key", "value", "embedding")
 """Kinds of site that PrefixQuant quantizes; the input of the output layer is not among them."""

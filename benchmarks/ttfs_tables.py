@@ -16,10 +16,10 @@ import torch
 from site_bench import PREFIXQUANT, Bench, parser, show
 
 from spike_plugin_ttfs.encoder import TTFS, ContinuousTTFS
-from spikeplug.site import Site
+from spikeplug.coding.site import Site
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "continuous time on a clock": {"continuous": True},
+    "continuous time in steps": {"continuous": True},
     "floor, min-max": {"rounding": "floor"},
     "floor, searched": {"rounding": "floor", "clip": "mse"},
     "nearest, min-max": {},

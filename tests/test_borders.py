@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spikeplug import hookspecs
-from spikeplug.plugins import CHOOSER, KINDS
+from spikeplug.plugins import CHOOSER, KINDS, hookspecs
 
 ROOT = Path(__file__).parent.parent
 PROJECTS = sorted(path for path in ROOT.glob("*/pyproject.toml")) + sorted(ROOT.glob("*/*/pyproject.toml"))
@@ -49,6 +48,22 @@ def test_imports_stay_within_the_borders(package):
     for file in SOURCES[package]:
         foreign = _imports(file) - set(sys.stdlib_module_names) - {package} - ALLOWED[kind]
         assert not foreign, f"{file.relative_to(ROOT)} imports {foreign}"
+
+
+ROOMS = ("errors", "files", "plugins", "coding", "config", "graph", "conversion", "measure", "cli", "testing")
+"""Modules and folders of core, in an order in which nothing imports what comes later, but for types and look-ups."""
+
+
+def test_nothing_in_core_imports_what_stands_on_it():
+    root = ROOT / "core" / "src" / "spikeplug"
+    for file in SOURCES["spikeplug"]:
+        parts = file.relative_to(root).with_suffix("").parts
+        if parts[0] in ("__init__", "__main__") or parts == ("plugins", "builtin"):  # it names parts of all rooms
+            continue
+        for node in ast.parse(file.read_text()).body:
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for room in (module.split(".")[1] for module in modules if module.startswith("spikeplug.")):
+                assert ROOMS.index(room) <= ROOMS.index(parts[0]), f"{file.relative_to(root)} imports {room}"
 
 
 def test_only_the_kit_imports_test_tools():

@@ -190,7 +190,7 @@ def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spikeplug.stats.Reservoir.add", interrupt)
+    monkeypatch.setattr("spikeplug.coding.statistics.Reservoir.add", interrupt)
     before = set(tmp_path.iterdir())
     code, _, err = _convert(cli, dense_folder, text, tmp_path)
     assert code == 130
@@ -199,7 +199,7 @@ def test_interrupt_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, 
 
 
 def test_kill_in_mid_run_leaves_nothing(cli, dense_folder, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("spikeplug.bundle._sync", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("spikeplug.conversion.bundle._sync", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     before = set(tmp_path.iterdir())
     assert _convert(cli, dense_folder, text, tmp_path)[0] == 143
     assert set(tmp_path.iterdir()) == before
@@ -260,7 +260,7 @@ def test_demo_compares_every_recipe(cli, dense_folder, tmp_path):
 
 
 def test_convert_keeps_what_sites_saw_for_another_recipe(cli, dense_folder, text, tmp_path):
-    common = ["--calibrate", text, "--seqlen", 32, "--observed", tmp_path / "seen.safetensors"]
+    common = ["--calibrate", text, "--seqlen", 32, "--statistics", tmp_path / "seen.safetensors"]
     assert cli("convert", dense_folder, "--recipe", "bse", *common, "--out", tmp_path / "a")[0] == 0
     written = (tmp_path / "seen.safetensors").stat().st_mtime_ns
     assert cli("convert", dense_folder, "--recipe", "las", *common, "--out", tmp_path / "b")[0] == 0

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import spikeplug
-from spikeplug.graph.streaming import FlowLayer
+from spikeplug.graph.streaming import StreamingLayer
 
 X = torch.rand(3, 2, 9, 9, generator=torch.Generator().manual_seed(0))
 
@@ -29,7 +29,7 @@ def _net() -> nn.Module:
 def _received(snn: nn.Module) -> dict[str, torch.Tensor]:
     """The spikes `[T * B, ...]` that every layer gets for X."""
     seen: dict[str, torch.Tensor] = {}
-    layers = {name: layer for name, layer in snn.named_modules() if isinstance(layer, FlowLayer)}
+    layers = {name: layer for name, layer in snn.named_modules() if isinstance(layer, StreamingLayer)}
     hooks = [
         layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
         for name, layer in layers.items()

@@ -14,9 +14,9 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 import spikeplug
-from spikeplug.graph.timestepped import Clocked
-from spikeplug.listeners import Listener, listening
-from spikeplug.site import in_mode
+from spikeplug.coding.listeners import Listener, listening
+from spikeplug.coding.site import in_mode
+from spikeplug.graph.timestepped import TimeStepped
 from spikeplug_snntorch import SnnTorch
 from spikeplug_spikingjelly import SpikingJelly
 
@@ -50,7 +50,7 @@ def streamed(network, images):
     seen = {}
     handles = []
     for name, module in network.named_modules():
-        if isinstance(getattr(module, "neuron", None), Clocked):
+        if isinstance(getattr(module, "neuron", None), TimeStepped):
             keep = seen.setdefault(name, [])
             handles.append(
                 module.register_forward_hook(lambda module, args, out, keep=keep: keep.append((module, out)))
@@ -80,7 +80,7 @@ class Trains(Listener):
 
 def compare(spiking, images):
     ours = Trains()
-    with torch.no_grad(), listening(dict.fromkeys(spiking.flow.sites, ours)):
+    with torch.no_grad(), listening(dict.fromkeys(spiking.stream.sites, ours)):
         expected = spiking(images)
     ours = ours.found
     jelly, torched = SpikingJelly().network(spiking), SnnTorch().network(spiking)
@@ -119,7 +119,7 @@ def test_in_float32_results_are_near():
 
 
 PLUGIN = '''
-"""Spike counts that flow, with a neuron that waits: a stranger's scheme in one module."""
+"""Spike counts that stream, with a neuron that waits: a stranger's scheme in one module."""
 
 import dataclasses
 from typing import ClassVar
@@ -151,7 +151,7 @@ class Counts(Encoder):
 
     name: ClassVar[str] = "counts"
     signed: ClassVar[bool] = True
-    flows: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def weights(self, p):
         return torch.ones(self.steps, dtype=torch.float64)
@@ -211,7 +211,7 @@ def test_a_two_file_plugin_runs_in_all_four(tmp_path):
     (info / "entry_points.txt").write_text("[spikeplug]\ncounts = spike_plugin_counts\n")
     code = (
         "import torch\n"
-        "from spikeplug.site import in_mode\n"
+        "from spikeplug.coding.site import in_mode\n"
         "from test_frameworks import Residual, compare, convert\n"
         "spiking, images = convert('counts', torch.float64)\n"
         "dense = Residual().eval()\n"

@@ -82,7 +82,7 @@ def test_window_codes_too(cli, folder, weights, tmp_path):
     code, result, _ = cli("eval", tmp_path / "o", "--images", folder, "--execution", "stepped", "--count", 4, "--json")
     assert result["spiking"]["steps_to_result"] == 32 * 8
     code, _, err = cli("eval", tmp_path / "o", "--images", folder, "--framework", "snntorch")
-    assert (code, "error: only networks whose trains flow" in err) == (1, True)
+    assert (code, "error: only networks of streaming codes" in err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import spikeplug
 import spikeplug_transformers
+from spikeplug.coding.layers import SpikingLinear
+from spikeplug.coding.site import in_mode, sites
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, NonFiniteError, OptionError
-from spikeplug.layers import SpikingLinear
-from spikeplug.site import in_mode, sites
 from spikeplug_transformers import SpikeConfig
 from spikeplug_transformers.attention import Softmax, spiking_attention
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spikeplug
+from spikeplug.coding.site import sites
 from spikeplug.errors import OptionError
-from spikeplug.site import sites
 from spikeplug_transformers import SpikeConfig
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]

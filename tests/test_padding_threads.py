@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spikeplug
+from spikeplug.coding.site import Site, sites
 from spikeplug.errors import ConversionError
-from spikeplug.site import Site, sites
 
 
 def llama(**options):

@@ -9,8 +9,8 @@ import torch
 
 import spikeplug
 from spike_plugin_ttfs.explain import explain
+from spikeplug.coding.site import Site, sites
 from spikeplug.errors import OptionError
-from spikeplug.site import Site, sites
 
 PASSES = {"pass_options": {"prefix": {"tokens": [5, 1]}}}
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import spikeplug
+from spikeplug.coding.site import sites
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
-from spikeplug.site import sites
 from spikeplug_transformers.rotate import OnlineRotation, orthogonal
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]

@@ -14,7 +14,7 @@ import torch
 
 import spikeplug
 from spikeplug.cli import language
-from spikeplug.site import sites
+from spikeplug.coding.site import sites
 
 DATA = Path(os.environ.get("SPIKEPLUG_TEST_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 CALIBRATION, TEST = DATA / "lm" / "wikitext2_tok_valid.txt", DATA / "lm" / "wikitext2_test_raw_A.txt"

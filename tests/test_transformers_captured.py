@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import spikeplug
-from spikeplug.site import sites
+from spikeplug.coding.site import sites
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

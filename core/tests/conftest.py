@@ -11,9 +11,9 @@ from torch import nn
 
 import spikeplug
 from spikeplug import plugins
+from spikeplug.coding.rate import IF, Rate
+from spikeplug.coding.types import Recipe
 from spikeplug.plugins import registry
-from spikeplug.rate import IF, Rate
-from spikeplug.types import Recipe
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def spiking(network, images):
 
 # A third party's package: a code and a neuron, nothing of core touched.
 @dataclasses.dataclass(frozen=True)
-class Flowing(Rate):
-    """Spike counts that flow: d(t) = 1."""
+class Streaming(Rate):
+    """Spike counts that stream: d(t) = 1."""
 
-    name: ClassVar[str] = "flowing"
-    flows: ClassVar[bool] = True
+    name: ClassVar[str] = "streaming"
+    streams: ClassVar[bool] = True
 
     def fit(self, stats):
         p = super().fit(stats)
@@ -103,14 +103,14 @@ class LateIF(IF):
 def third_party(monkeypatch):
     """The package of a third party, installed: its module."""
     package = types.ModuleType("third_party")
-    package.Flowing, package.LateIF = Flowing, LateIF
+    package.Streaming, package.LateIF = Streaming, LateIF
     package.RECIPE = Recipe(
-        "flowing", "a third party's", encoder="flowing", neuron="late-if", encoder_options={"steps": 64},
+        "streaming", "a third party's", encoder="streaming", neuron="late-if", encoder_options={"steps": 64},
         targets=frozenset({"module"}),
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "third_party", package)
     for kind, name, what in (
-        ("encoder", "flowing", "Flowing"), ("neuron", "late-if", "LateIF"), ("recipe", "flowing", "RECIPE"),
+        ("encoder", "streaming", "Streaming"), ("neuron", "late-if", "LateIF"), ("recipe", "streaming", "RECIPE"),
     ):  # fmt: skip
         part = plugins.Part(kind, name, f"third_party:{what}", "theirs")
         monkeypatch.setitem(plugins.registry().parts, (kind, name), [part])

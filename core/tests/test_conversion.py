@@ -12,6 +12,9 @@ from torch import nn
 
 import spikeplug
 from spikeplug import ConversionConfig, Recipe, plugins
+from spikeplug.coding.layers import make_spiking
+from spikeplug.coding.rate import IF, Rate
+from spikeplug.coding.site import Site, sites
 from spikeplug.errors import (
     CalibrationError,
     ConversionError,
@@ -19,9 +22,6 @@ from spikeplug.errors import (
     OptionError,
     UnknownNameError,
 )
-from spikeplug.layers import make_spiking
-from spikeplug.rate import IF, Rate
-from spikeplug.site import Site, sites
 
 
 def test_fused_and_stepped_agree_and_differ_from_dense(network, images, spiking):
@@ -81,9 +81,9 @@ def test_shared_site_codes_counts_and_observes_once(images):
         with spikeplug.count_spikes(block) as counts:
             first(images), second(images)
         assert counts.total == int(encoder.count(images, site.params(images)).sum())
-    twin = copy.deepcopy(block)
-    assert twin["second"].source is twin["first"].site
-    assert twin["second"].source is not site
+    copied = copy.deepcopy(block)
+    assert copied["second"].source is copied["first"].site
+    assert copied["second"].source is not site
 
 
 def test_shared_site_sees_a_change_in_place(images):
@@ -136,7 +136,7 @@ def test_stepped_convolution_equals_fused(layer, padding_mode, scale):
     conv = getattr(nn, layer)(4, 6, 3, padding=1, stride=2, groups=2, dilation=1, padding_mode=padding_mode)
     x = torch.randn(2, 4, *[6] * dims)
     dense = conv(x)
-    from spikeplug.layers import channels_of
+    from spikeplug.coding.layers import channels_of
 
     site = Site("conv", "input", Shifted(steps=64), channels=channels_of(conv))
     site.set_params(site.encoder.fit(spikeplug.ActivationStats.of(x, site.channels)).tensors())

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import spikeplug
-from spikeplug.costs import CostModel, EnergyReport, OpEnergy, SiteEnergy, _synapses
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
+from spikeplug.measure.energy import CostModel, EnergyReport, OpEnergy, SiteEnergy, _synapses
 
 
 def test_totals_by_hand():

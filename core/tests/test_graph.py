@@ -1,4 +1,4 @@
-"""Captured networks: a role for every operation, folding, shared sites, trains that flow, one clock, a third party."""
+"""Captured networks: a role for every operation, folding, shared sites, streamed trains, one clock, a third party."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import spikeplug
+from spikeplug.coding.site import in_mode
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import capture
 from spikeplug.graph.operations import kinds
 from spikeplug.graph.streaming import PooledInput
-from spikeplug.graph.timestepped import Clocked, Delay, network
-from spikeplug.site import in_mode
+from spikeplug.graph.timestepped import Delay, TimeStepped, network
 from spikeplug.testing import EncoderConformance, NeuronConformance
 
 pytestmark = pytest.mark.usefixtures("third_party")
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("third_party")
 class TestFlowing(EncoderConformance):
     @pytest.fixture
     def encoder(self, third_party):
-        return third_party.Flowing(steps=16)
+        return third_party.Streaming(steps=16)
 
 
 class TestLateIF(NeuronConformance):
@@ -39,7 +39,7 @@ class TestClocked(NeuronConformance):
 
     @pytest.fixture
     def neuron(self, third_party):
-        return Clocked(third_party.LateIF(silent=1), 0, 12)
+        return TimeStepped(third_party.LateIF(silent=1), 0, 12)
 
 
 class Everything(nn.Module):
@@ -92,7 +92,7 @@ def images():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
 @pytest.mark.parametrize("pool", [True, False])
 def test_everything_converts_and_every_operation_has_a_role(recipe, pool, images):
     dense = everything(pool=pool)(images)
@@ -113,8 +113,8 @@ def test_everything_converts_and_every_operation_has_a_role(recipe, pool, images
 
 def test_delay_counts_windows_or_silent_steps(images):
     # The norm that padding keeps from being folded, stem, depthwise, the sum, behind, fc: six layers of neurons.
-    flowing = spikeplug.convert(everything(), "flowing", calibration=[images], silent=3)
-    assert spikeplug.report(flowing).delay == 64 + 6 * 3
+    streaming = spikeplug.convert(everything(), "streaming", calibration=[images], silent=3)
+    assert spikeplug.report(streaming).delay == 64 + 6 * 3
     windows = spikeplug.convert(everything(), "rate", calibration=[images], steps=32)
     assert spikeplug.report(windows).delay == 32 * 6
 
@@ -129,7 +129,7 @@ def test_stepped_equals_fused_where_windows_are_their_own(images):
 @torch.no_grad()
 def test_one_clock_gives_the_same_numbers(images):
     x = images.double()
-    spiking = spikeplug.convert(everything().double(), "flowing", calibration=[x])
+    spiking = spikeplug.convert(everything().double(), "streaming", calibration=[x])
     clocked = network(spiking)
     assert clocked.delay == spikeplug.report(spiking).delay
     assert torch.equal(clocked.run(x), spiking(x))
@@ -162,7 +162,7 @@ def test_delay_line_and_pooled_input():
 
 @torch.no_grad()
 def test_save_and_load_are_bit_equal(images, tmp_path):
-    for recipe in ("flowing", "rate"):
+    for recipe in ("streaming", "rate"):
         spiking = spikeplug.convert(everything(), recipe, calibration=[images])
         spikeplug.save(spiking, tmp_path / recipe)
         loaded = spikeplug.load(tmp_path / recipe)
@@ -172,12 +172,12 @@ def test_save_and_load_are_bit_equal(images, tmp_path):
 
 @torch.no_grad()
 def test_copies_and_dtypes(images):
-    spiking = spikeplug.convert(everything(), "flowing", calibration=[images])
+    spiking = spikeplug.convert(everything(), "streaming", calibration=[images])
     result = spiking(images)
-    twin = copy.deepcopy(spiking)
-    assert torch.equal(twin(images), result)
-    twin.get_submodule("stem").weight.zero_()
-    assert not torch.equal(twin(images), result)
+    copied = copy.deepcopy(spiking)
+    assert torch.equal(copied(images), result)
+    copied.get_submodule("stem").weight.zero_()
+    assert not torch.equal(copied(images), result)
     assert torch.equal(spiking(images), result)
     assert copy.deepcopy(spiking).bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 
@@ -186,7 +186,7 @@ def test_copies_and_dtypes(images):
 def test_large_batches_run_in_parts(monkeypatch):
     monkeypatch.setattr("spikeplug.graph.network.MICRO_BATCH", 64 * 192 * 8)
     images = torch.randn(40, 3, 8, 8, dtype=torch.float64)
-    spiking = spikeplug.convert(everything().double(), "flowing", calibration=[images])
+    spiking = spikeplug.convert(everything().double(), "streaming", calibration=[images])
     assert torch.equal(spiking(images)[:8], spiking(images[:8]))
 
 
@@ -198,7 +198,7 @@ def test_gradient_reaches_every_weight(images):
 
 @torch.no_grad()
 def test_diagnosis_names_the_site_that_loses(images):
-    for recipe in ("flowing", "rate"):
+    for recipe in ("streaming", "rate"):
         spiking = spikeplug.convert(everything(), recipe, calibration=[images], steps=512)
         sites = {each.site: each for each in spikeplug.diagnose(spiking, [images])}
         assert max(each.error for each in sites.values()) < 0.1
@@ -211,12 +211,12 @@ def test_diagnosis_names_the_site_that_loses(images):
                 assert each.spikes == pytest.approx(sites[each.site].spikes, rel=1e-3)
                 assert each.error == pytest.approx(sites[each.site].error, rel=1e-2, abs=1e-5)
             spikeplug.set_execution(spiking, "fused")
-        name = "relu" if recipe == "flowing" else "depthwise"
+        name = "relu" if recipe == "streaming" else "depthwise"
         site = next(module for module in spiking.modules() if getattr(module, "name", "") == name)
         site.set_params({**dict(site.named_buffers()), "scale": site.scale / 20})
         worse = {each.site: each for each in spikeplug.diagnose(spiking, [images])}
         assert worse[name].error > 0.5
-        if recipe == "flowing":
+        if recipe == "streaming":
             assert worse[name].residual_999 > 10 * sites[name].residual_999
     with pytest.raises(CalibrationError, match="no batch to diagnose"):
         spikeplug.diagnose(spiking, [])
@@ -254,7 +254,7 @@ def test_shared_layer_keeps_shared_weights(images):
     net = Twice().eval()
     with torch.no_grad():
         dense = net(images)
-        spiking = spikeplug.convert(net, "flowing", calibration=[images], steps=512)
+        spiking = spikeplug.convert(net, "streaming", calibration=[images], steps=512)
         assert (spiking(images) - dense).norm() < 0.05 * dense.norm()
     assert len(list(spiking.parameters())) == 2
 
@@ -295,7 +295,7 @@ class Mixing(nn.Module):
 def test_operations_that_mix_samples_are_done_on_decoded_trains(mix, images):
     net = Mixing(mix).eval()
     dense = net(images)
-    spiking = spikeplug.convert(net, "flowing", calibration=[images], steps=512)
+    spiking = spikeplug.convert(net, "streaming", calibration=[images], steps=512)
     assert 0 < (spiking(images) - dense).norm() < 0.05 * dense.norm()
     assert any(op.role == "coded" for op in spikeplug.report(spiking).ops)
     with pytest.raises(ConversionError, match="waits for whole windows"):
@@ -308,18 +308,18 @@ def test_arguments_by_name_are_understood(images):
             return self.conv(input=F.relu(input=self.conv(x)))
 
     net = Named(None).eval()
-    assert (spikeplug.convert(net, "flowing", calibration=[images], steps=512)(images) - net(images)).norm() < 0.5
+    assert (spikeplug.convert(net, "streaming", calibration=[images], steps=512)(images) - net(images)).norm() < 0.5
 
 
 def test_conversion_works_in_inference_mode(images):
     with torch.inference_mode():
-        spiking = spikeplug.convert(everything(), "flowing", calibration=[images])
+        spiking = spikeplug.convert(everything(), "streaming", calibration=[images])
         assert torch.equal(spiking(images), spiking(images))
 
 
 @torch.no_grad()
 def test_new_weights_are_seen(images):
-    spiking = spikeplug.convert(everything(), "flowing", calibration=[images])
+    spiking = spikeplug.convert(everything(), "streaming", calibration=[images])
     before = spiking(images)
     layer = spiking.get_submodule("head")
     layer.weight = nn.Parameter(layer.weight * 2)
@@ -345,7 +345,7 @@ class Blocks(nn.Module):
         return self.head(y.mean((1, 2)))
 
 
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
 @pytest.mark.parametrize("samples", [2, 3])
 def test_no_rewrite_fixes_the_number_of_samples(recipe, samples):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from spikeplug.rate import IF, Rate
+from spikeplug.coding.rate import IF, Rate
 from spikeplug.testing import EncoderConformance, NeuronConformance
 
 

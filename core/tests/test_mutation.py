@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spikeplug
+from spikeplug.coding.site import in_mode
 from spikeplug.conversion.verify import difference
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.site import in_mode
 
 WIDTH = 4
 

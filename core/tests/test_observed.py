@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import spikeplug
+from spikeplug.conversion.statistics_file import KEY
 from spikeplug.errors import BundleError, CalibrationError
-from spikeplug.observed import KEY
 
 
 def build(seed=0, width=5):
@@ -26,13 +26,13 @@ def data(seed=0):
 
 def test_a_second_recipe_reads_what_the_first_saw(tmp_path):
     file = tmp_path / "seen.safetensors"
-    first = spikeplug.convert(build(), "rate", calibration=data(), observed=file)
+    first = spikeplug.convert(build(), "rate", calibration=data(), statistics=file)
     assert file.exists()
     assert list(tmp_path.iterdir()) == [file]
     changed = file.stat().st_mtime_ns
     stages = []
     second = spikeplug.convert(
-        build(), "rate", calibration=data(), observed=file, steps=9, watch=lambda stage, *_: stages.append(stage)
+        build(), "rate", calibration=data(), statistics=file, steps=9, watch=lambda stage, *_: stages.append(stage)
     )
     assert "calibrating" not in stages
     assert file.stat().st_mtime_ns == changed
@@ -43,8 +43,8 @@ def test_a_second_recipe_reads_what_the_first_saw(tmp_path):
 
 
 def test_percentiles_come_out_the_same(tmp_path):
-    model = spikeplug.convert(build(), "rate", calibration=data(), observed=tmp_path / "seen")
-    kept = spikeplug.load_observed(tmp_path / "seen", model, data())
+    model = spikeplug.convert(build(), "rate", calibration=data(), statistics=tmp_path / "seen")
+    kept = spikeplug.load_statistics(tmp_path / "seen", model, data())
     seen = spikeplug.observe(model, data())
     assert set(kept) == set(seen)
     for name, stats in seen.items():
@@ -73,33 +73,33 @@ def other_statistics():
 )
 def test_a_file_of_something_else_is_refused(tmp_path, model, batches, options, message):
     file = tmp_path / "seen"
-    spikeplug.convert(build(), "rate", calibration=data(), observed=file)
+    spikeplug.convert(build(), "rate", calibration=data(), statistics=file)
     with pytest.raises(CalibrationError, match=message):
-        spikeplug.convert(model, "rate", calibration=batches, observed=file, **options)
+        spikeplug.convert(model, "rate", calibration=batches, statistics=file, **options)
 
 
 def test_the_passes_are_compared_where_weights_do_not_tell(tmp_path):
     file, model = tmp_path / "seen", spikeplug.convert(build(), "rate", calibration=data())
-    spikeplug.save_observed(spikeplug.observe(model, data()), file, model, data())
+    spikeplug.save_statistics(spikeplug.observe(model, data()), file, model, data())
     conversion = spikeplug.conversion_of(model)
     conversion.config = conversion.config.model_copy(update={"passes": ("other",)})
     with pytest.raises(CalibrationError, match="the passes"):
-        spikeplug.load_observed(file, model, data())
+        spikeplug.load_statistics(file, model, data())
 
 
 def test_damaged_foreign_and_missing_files_are_one_clear_line(tmp_path):
     file, model = tmp_path / "seen", spikeplug.convert(build(), "rate", calibration=data())
     with pytest.raises(BundleError, match="does not exist"):
-        spikeplug.load_observed(file, model, data())
+        spikeplug.load_statistics(file, model, data())
     file.write_bytes(b"nonsense")
     with pytest.raises(BundleError, match="cannot read"):
-        spikeplug.load_observed(file, model, data())
+        spikeplug.load_statistics(file, model, data())
     safetensors.torch.save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(BundleError, match="holds no observed activations"):
-        spikeplug.load_observed(file, model, data())
+    with pytest.raises(BundleError, match="holds no calibration statistics"):
+        spikeplug.load_statistics(file, model, data())
     safetensors.torch.save_file({"x": torch.zeros(1)}, file, {KEY: json.dumps({"format": 99})})
     with pytest.raises(BundleError, match="a later spikeplug"):
-        spikeplug.load_observed(file, model, data())
+        spikeplug.load_statistics(file, model, data())
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
@@ -111,5 +111,5 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     with pytest.raises(BundleError, match="No space left on device"):
-        spikeplug.save_observed(seen, tmp_path / "seen", model)
+        spikeplug.save_statistics(seen, tmp_path / "seen", model)
     assert not os.listdir(tmp_path)

@@ -18,7 +18,7 @@ GOOD = """
     spikeplug_api = 1
     @hookimpl
     def spikeplug_encoders():
-        return {"fine": "spikeplug.rate:Rate"}
+        return {"fine": "spikeplug.coding.rate:Rate"}
 """
 
 HOSTILE = {
@@ -109,7 +109,7 @@ def test_disabled_plugin_is_not_imported(install, monkeypatch):
 
 
 def test_part_that_cannot_be_imported_is_an_error_that_names_the_plugin(install):
-    install("good", GOOD.replace("spikeplug.rate:Rate", "no_such_module:Rate"))
+    install("good", GOOD.replace("spikeplug.coding.rate:Rate", "no_such_module:Rate"))
     with pytest.raises(PluginError, match=r"encoder 'fine' of plugin 'good' .* 'no_such_module:Rate'"):
         spikeplug.get_encoder("fine")
 
@@ -127,7 +127,7 @@ def test_unknown_kind_says_the_kinds():
 def test_probe_reports_what_would_end_or_hang_the_process(install):
     install("good", GOOD)
     assert plugins.probe(_info("good")) is None
-    install("late", GOOD.replace("fine", "late").replace("spikeplug.rate:Rate", "no_such_module:Rate"))
+    install("late", GOOD.replace("fine", "late").replace("spikeplug.coding.rate:Rate", "no_such_module:Rate"))
     assert "no_such_module" in plugins.probe(_info("late"))
     slow = plugins.PluginInfo("core", "spikeplug", "0", 1, (), None, 0.0)
     assert plugins.probe(slow, seconds=0.01) == "not imported after 0.01 s"
@@ -169,8 +169,8 @@ def _brings(hook, path):
     ("hook", "path", "kind", "message"),
     [
         ("recipes", "hostile_odd:nothing", "recipe", "is None, no Recipe"),
-        ("encoders", "spikeplug.rate:check_steps", "encoder", "no class"),
-        ("encoders", "spikeplug.rate:IF", "encoder", "is a class that is no Encoder"),
+        ("encoders", "spikeplug.coding.rate:check_steps", "encoder", "no class"),
+        ("encoders", "spikeplug.coding.rate:IF", "encoder", "is a class that is no Encoder"),
         ("commands", "hostile_odd:nothing", "command", "is None, which cannot be called"),
     ],
 )
@@ -183,7 +183,7 @@ def test_part_of_the_wrong_sort_is_an_error(install, hook, path, kind, message):
 
 
 def test_what_a_plugin_prints_is_no_result(install, capsys):
-    install("odd", _brings("encoders", "spikeplug.rate:Rate"))
+    install("odd", _brings("encoders", "spikeplug.coding.rate:Rate"))
     assert "odd" in plugins.registry().names("encoder")
     assert capsys.readouterr() == ("", "hello\n")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spikeplug.coding.rate import IF, Rate
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import OptionError
-from spikeplug.rate import IF, Rate
 from spikeplug.testing import EncoderConformance, NeuronConformance
-from spikeplug.types import CodeParams
 
 
 class TestRateConformance(EncoderConformance):

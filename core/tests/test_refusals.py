@@ -45,7 +45,7 @@ class Gated(nn.Module):
         return self.conv(x) * torch.sigmoid(self.gate(x))
 
 
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
 def test_what_is_not_understood_is_named(recipe, images):
     def convert(net, batch=images, **options):
         return spikeplug.convert(net, recipe, calibration=[batch], **options)
@@ -92,7 +92,7 @@ def test_all_problems_are_said_at_once_and_a_plan_is_made_all_the_same(images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
 def test_a_gate_is_a_decoded_product_and_may_stay_dense(recipe, images):
     net = Gated().eval()
     dense = net(images)
@@ -107,7 +107,7 @@ def test_a_gate_is_a_decoded_product_and_may_stay_dense(recipe, images):
 
 
 def test_a_network_that_cannot_be_handed_out_says_why(images):
-    with pytest.raises(ConversionError, match="only networks whose trains flow"):
+    with pytest.raises(ConversionError, match="only networks of streaming codes"):
         network(spikeplug.convert(_normed().eval(), "rate", calibration=[images]))
 
 
@@ -116,7 +116,7 @@ def test_clip_without_a_form_is_named(images):
     with pytest.raises(
         ConversionError, match=r"'1' \(ReLU6\): neuron 'late-if' has no form with the activation 'clip'"
     ):
-        spikeplug.convert(net, "flowing", calibration=[images])
+        spikeplug.convert(net, "streaming", calibration=[images])
 
 
 def test_preprocessing_stays_ahead_of_the_code(images):
@@ -133,7 +133,7 @@ def test_preprocessing_stays_ahead_of_the_code(images):
     net = Scaled().eval()
     with torch.no_grad():
         dense = net(images)
-        spiking = spikeplug.convert(net, "flowing", calibration=[images], steps=256)
+        spiking = spikeplug.convert(net, "streaming", calibration=[images], steps=256)
         assert (spiking(images) - dense).norm() < 0.05 * dense.norm()
     assert [op.name for op in spikeplug.report(spiking).ops][:3] == ["sub", "div", "image"]
     with pytest.raises(ConversionError, match="changes its input before it is coded"):
@@ -148,5 +148,5 @@ def test_what_cannot_be_captured_is_converted_layer_by_layer_where_that_is_asked
     rows = {op.name: op for op in spikeplug.report(net).ops}
     assert rows["conv"].role == "spiking"
     assert "is not known" in rows["(between layers)"].note
-    with pytest.raises(OptionError, match="flow through captured networks only"):
-        spikeplug.convert(dense, "flowing", calibration=[images], structure="layers")
+    with pytest.raises(OptionError, match="stream through captured networks only"):
+        spikeplug.convert(dense, "streaming", calibration=[images], structure="layers")

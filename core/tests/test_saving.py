@@ -14,12 +14,12 @@ from torch import nn
 
 import spikeplug
 from spikeplug import ConversionConfig
-from spikeplug.bundle import _digest
+from spikeplug.coding.site import sites
+from spikeplug.conversion.bundle import _digest
 from spikeplug.errors import (
     BundleError,
     CalibrationError,
 )
-from spikeplug.site import sites
 
 
 def test_tied_weights_reload(images, tmp_path):
@@ -113,7 +113,7 @@ def test_failed_save_leaves_the_old_folder_and_nothing_else(spiking, network, im
     if moment == "replace":
         monkeypatch.setattr("os.replace", lambda a, b: fail() if b == folder and "old" not in a.name else replace(a, b))
     elif moment == "manifest":
-        monkeypatch.setattr("spikeplug.bundle._sync", fail)
+        monkeypatch.setattr("spikeplug.conversion.bundle._sync", fail)
     else:
         monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(KeyboardInterrupt if moment == "interrupt" else BundleError):
@@ -145,7 +145,7 @@ def test_uncalibrated_model_says_what_to_do(network, images, tmp_path):
     net(images)
 
 
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
 def test_pickled_and_copied_networks_are_bit_equal(network, images, recipe, third_party, tmp_path):
     spiking = spikeplug.convert(network(), recipe, calibration=[images])
     spikeplug.set_execution(spiking, "stepped")

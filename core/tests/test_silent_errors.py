@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import spikeplug
-from spikeplug.bundle import _digest, _sha256
+from spikeplug.conversion.bundle import _digest, _sha256
 from spikeplug.errors import BundleError, ConversionError, OptionError
 
 
@@ -106,8 +105,8 @@ def test_guards_are_saved(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
-def test_masks_and_indices_are_made_of_values(recipe, flowing):
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
+def test_masks_and_indices_are_made_of_values(recipe, third_party):
     def forward(self, x):
         h = self.a(x)
         return torch.where(h > 0, h, 0.1 * h), h.argmax(-1), torch.relu(h) * (h > 0.2).float()
@@ -121,27 +120,8 @@ def test_masks_and_indices_are_made_of_values(recipe, flowing):
             assert (one.double() - other.double()).norm() < 0.1 * one.double().norm() + 0.1
 
 
-@pytest.fixture
-def flowing(monkeypatch):
-    """A code whose trains flow."""
-    import sys
-
-    from spikeplug import plugins
-
-    folder = os.path.dirname(__file__)
-    monkeypatch.syspath_prepend(folder)
-    import test_graph
-
-    monkeypatch.setitem(sys.modules, "their_plugin", test_graph.PLUGIN)
-    for kind, name, what in (
-        ("encoder", "flowing", "Flowing"), ("neuron", "late-if", "LateIF"), ("recipe", "flowing", "RECIPE"),
-    ):  # fmt: skip
-        part = plugins.Part(kind, name, f"their_plugin:{what}", "theirs")
-        monkeypatch.setitem(plugins.registry().parts, (kind, name), [part])
-
-
 @torch.no_grad()
-def test_samples_of_large_batches_meet_where_they_do_in_the_dense_network(flowing, monkeypatch):
+def test_samples_of_large_batches_meet_where_they_do_in_the_dense_network(third_party, monkeypatch):
     monkeypatch.setattr("spikeplug.graph.network.MICRO_BATCH", 4 * 64 * 8)
 
     def of_largest(self, x, n):
@@ -155,22 +135,22 @@ def test_samples_of_large_batches_meet_where_they_do_in_the_dense_network(flowin
     for forward in (of_largest, less_first):
         net = module(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 4))
         x, n = torch.rand(40, 8), torch.arange(1, 41)
-        spiking = spikeplug.convert(net, "flowing", calibration=[(x, n)], steps=256)
+        spiking = spikeplug.convert(net, "streaming", calibration=[(x, n)], steps=256)
         assert (spiking(x, n) - net(x, n)).norm() < 0.05 * net(x, n).norm()
 
 
 @torch.no_grad()
-def test_padding_with_a_value_is_added_once(flowing):
+def test_padding_with_a_value_is_added_once(third_party):
     for pad in (lambda h: torch.constant_pad_nd(h, [0, 2], 1.0), lambda h: F.pad(h, (0, 2), value=1.0)):
         net = module(
             lambda self, x, pad=pad: self.b(pad(torch.relu(self.a(x)))), a=nn.Linear(8, 14), b=nn.Linear(16, 5)
         )
-        assert_near(net, torch.rand(16, 8), recipe="flowing", limit=0.05)
+        assert_near(net, torch.rand(16, 8), recipe="streaming", limit=0.05)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("recipe", ["rate", "flowing"])
-def test_constants_join_trains_as_values(recipe, flowing):
+@pytest.mark.parametrize("recipe", ["rate", "streaming"])
+def test_constants_join_trains_as_values(recipe, third_party):
     def forward(self, x):
         h = torch.relu(self.a(x))
         h = torch.cat([self.token.expand(x.shape[0], -1, -1), h], 1) + torch.arange(h.shape[1] + 1)[:, None] * 0.1

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikeplug import ActivationStats
+from spikeplug.coding.statistics import Observer, channel_shape
 from spikeplug.errors import CalibrationError, NonFiniteError, OptionError
-from spikeplug.stats import Observer, channel_shape
 
 
 @pytest.mark.parametrize(

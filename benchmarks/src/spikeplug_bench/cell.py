@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.errors import SpikeplugError
 
 from .identity import cell_id, code_digest, inputs, point_of, versions

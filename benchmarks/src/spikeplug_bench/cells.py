@@ -18,7 +18,7 @@ from .suite import Axis, Grid, Suite, first_error
 
 
 def cells(suite: Suite, change: Axis | None = None) -> list[Cell]:
-    """Every point of a suite, each once; the dense twins of language models are added.
+    """Every point of a suite, each once; the dense counterparts of language models are added.
 
     Args:
         change: axes that replace those of every grid (`overrides`); an axis of tasks, of those that have it.

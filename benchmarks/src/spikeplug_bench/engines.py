@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.errors import OptionError
 
 from .cell import empty_row, end_with, run_cell

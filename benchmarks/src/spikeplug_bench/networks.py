@@ -10,9 +10,9 @@ from typing import Any
 
 import spikeplug
 from spikeplug import plugins
-from spikeplug.architecture import Opened, Placement, Watch
 from spikeplug.cli import language, vision
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import Opened, Placement, Watch
 from spikeplug.errors import OptionError
 
 from .identity import canonical, code_digest, digest, locate, network_inputs, versions
@@ -120,9 +120,9 @@ def open_text(context: Context, config: ConversionConfig | None) -> Opened:
         spikeplug.calibrate(opened.model, batches, watch=context.watch)
     else:
         # Codes whose scales are found at run time observe nothing.
-        observed = _observed(context, config) if config.build()[0].static else None
+        statistics = _statistics(context, config) if config.build()[0].static else None
         spiking = spikeplug.convert(
-            opened.model, config, calibration=batches, observed=observed, inplace=True, watch=context.watch
+            opened.model, config, calibration=batches, statistics=statistics, inplace=True, watch=context.watch
         )
         opened = dataclasses.replace(opened, model=spiking)
     return opened
@@ -144,7 +144,7 @@ def convert_for_ranks(context: Context) -> None:
     spikeplug.save(opened.model, folder, tokenizer=opened.tokenizer)
 
 
-def _observed(context: Context, config: ConversionConfig) -> Path:
+def _statistics(context: Context, config: ConversionConfig) -> Path:
     """File of what the sites saw, which conversions of the same sites share."""
     same = config.model_dump(
         mode="json", include={"passes", "pass_options", "include", "exclude", "approximators", "samples"}
@@ -155,7 +155,7 @@ def _observed(context: Context, config: ConversionConfig) -> Path:
     same["built"] = repr(config.build_approximators())
     key = [same, cell.model.model_dump(mode="json"), cell.dtype, cell.device, *_state(context)]
     context.cache.mkdir(parents=True, exist_ok=True)
-    return context.cache / f"observed-{digest(key)[:16]}.safetensors"
+    return context.cache / f"statistics-{digest(key)[:16]}.safetensors"
 
 
 def image_model(context: Context) -> Any:
@@ -178,7 +178,7 @@ def open_images(context: Context, config: ConversionConfig | None) -> Any:
         raise OptionError(f"model '{cell.name}' has no calibration images: say models.{cell.name}.calibration.images")
     found = vision().convert(
         _source(context), str(cell.recipe), config, locate(given.images, context.data),
-        weights=weights, count=given.count, observed=None, watch=context.watch,
+        weights=weights, count=given.count, statistics=None, watch=context.watch,
     )  # fmt: skip
     if spikeplug.conversion_of(found).architecture == "layers":
         raise OptionError("this network was converted layer by layer: image tasks run captured networks")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.conversion.architecture import Watch, unwatched
 
 from .cell import spec_of
 from .cells import cells

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import spikeplug
 from spikeplug.cli import language, vision
+from spikeplug.coding.statistics import ActivationStats
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
-from spikeplug.stats import ActivationStats
 
 from .harness import lm_eval_scores
 from .identity import locate

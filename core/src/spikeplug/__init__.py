@@ -9,18 +9,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spikeplug.hookspecs import API_VERSION, hookimpl
+from spikeplug.plugins.hookspecs import API_VERSION, hookimpl
 
 if TYPE_CHECKING:
-    from spikeplug.architecture import Architecture
-    from spikeplug.bundle import load, save
+    from spikeplug.coding.listeners import Listener, listening
+    from spikeplug.coding.site import in_mode
+    from spikeplug.coding.statistics import ActivationStats
+    from spikeplug.coding.types import CodeParams, Encoder, Neuron, Recipe
     from spikeplug.config import ConversionConfig
+    from spikeplug.conversion.architecture import Architecture
+    from spikeplug.conversion.bundle import load, save
     from spikeplug.conversion.plan import Plan, Problem
     from spikeplug.conversion.record import Conversion, conversion_of
+    from spikeplug.conversion.report import ConversionReport
+    from spikeplug.conversion.statistics_file import load_statistics, save_statistics
     from spikeplug.conversion.verbs import (
         calibrate,
         convert,
-        count_spikes,
         fit,
         observe,
         plan,
@@ -28,11 +33,9 @@ if TYPE_CHECKING:
         report,
         set_execution,
     )
-    from spikeplug.costs import CostModel, EnergyReport, energy
-    from spikeplug.coverage import ConversionReport
     from spikeplug.errors import SpikeplugError
-    from spikeplug.listeners import Listener, listening
-    from spikeplug.observed import load_observed, save_observed
+    from spikeplug.measure.counting import count_spikes
+    from spikeplug.measure.energy import CostModel, EnergyReport, energy
     from spikeplug.plugins import (
         get_approximator,
         get_encoder,
@@ -42,33 +45,29 @@ if TYPE_CHECKING:
         get_recipe,
         get_trainer,
     )
-    from spikeplug.site import in_mode
-    from spikeplug.stats import ActivationStats
-    from spikeplug.types import CodeParams, Encoder, Neuron, Recipe
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "architecture": ("Architecture",),
-    "bundle": ("load", "save"),
+    "conversion.architecture": ("Architecture",),
+    "conversion.bundle": ("load", "save"),
     "config": ("ConversionConfig",),
     "conversion.plan": ("Plan", "Problem"),
     "conversion.record": ("Conversion", "conversion_of"),
-    "conversion.verbs": (
-        *("calibrate", "convert", "count_spikes", "fit", "observe", "plan", "prepare", "report", "set_execution"),
-    ),
-    "diagnosis": ("diagnose",),
-    "costs": ("CostModel", "EnergyReport", "energy"),
+    "conversion.verbs": (*("calibrate", "convert", "fit", "observe", "plan", "prepare", "report", "set_execution"),),
+    "measure.diagnosis": ("diagnose",),
+    "measure.counting": ("count_spikes",),
+    "measure.energy": ("CostModel", "EnergyReport", "energy"),
     "errors": ("SpikeplugError",),
-    "listeners": ("Listener", "listening"),
-    "observed": ("load_observed", "save_observed"),
+    "coding.listeners": ("Listener", "listening"),
+    "conversion.statistics_file": ("load_statistics", "save_statistics"),
     "plugins": (
         *("get_approximator", "get_encoder", "get_exporter", "get_neuron", "get_pass", "get_recipe", "get_trainer"),
     ),
-    "coverage": ("ConversionReport",),
-    "site": ("in_mode",),
-    "stats": ("ActivationStats",),
-    "types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
+    "conversion.report": ("ConversionReport",),
+    "coding.site": ("in_mode",),
+    "coding.statistics": ("ActivationStats",),
+    "coding.types": ("CodeParams", "Encoder", "Neuron", "Recipe"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -108,13 +107,13 @@ __all__ = [
     "in_mode",
     "listening",
     "load",
-    "load_observed",
+    "load_statistics",
     "observe",
     "plan",
     "prepare",
     "report",
     "save",
-    "save_observed",
+    "save_statistics",
     "set_execution",
 ]
 

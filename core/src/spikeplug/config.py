@@ -12,9 +12,9 @@ import pydantic
 import torch
 
 from spikeplug import plugins
+from spikeplug.coding.statistics import ActivationStats
+from spikeplug.coding.types import Approximator, CodeParams, Encoder, Neuron, Pass, Recipe
 from spikeplug.errors import OptionError, listed, nearest
-from spikeplug.stats import ActivationStats
-from spikeplug.types import Approximator, CodeParams, Encoder, Neuron, Pass, Recipe
 
 
 class ConversionConfig(pydantic.BaseModel):
@@ -120,9 +120,9 @@ class ConversionConfig(pydantic.BaseModel):
             preset |= {"neuron_options": {}, "neuron_follows": {}}
         config = cls.parse({**preset, **own})
         config = config._with_options(preset["encoder_options"] | own.get("encoder_options", {}), rest)
-        if config.build()[0].flows and config.neuron is not None:
+        if config.build()[0].streams and config.neuron is not None:
             if own.get("execution") == "fused":
-                raise OptionError(f"execution='fused': trains of '{config.encoder}' flow, they run stepped only")
+                raise OptionError(f"execution='fused': trains of '{config.encoder}' stream, they run stepped only")
             config = config.model_copy(update={"execution": "stepped"})
         for pattern in config.overrides:
             config._built(config.overrides[pattern])
@@ -176,7 +176,7 @@ class ConversionConfig(pydantic.BaseModel):
             return encoder, None
         followed = {key: getattr(encoder, option) for key, option in self.neuron_follows.items()}
         neuron = plugins.get_neuron(self.neuron, **{**followed, **self.neuron_options})
-        if not encoder.flows:  # where trains flow, the neuron answers currents and not an activation
+        if not encoder.streams:  # with a streaming code, the neuron answers currents and not an activation
             _check_pair(encoder, neuron)
         return encoder, neuron
 

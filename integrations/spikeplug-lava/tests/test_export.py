@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spikeplug
+from spikeplug.coding.site import in_mode
 from spikeplug.errors import BundleError, ConversionError, OptionError, UnknownNameError
-from spikeplug.site import in_mode
 from spikeplug_lava import IntegerNetwork
 from spikeplug_lava.exporter import Lava
 from spikeplug_lava.lower import lower

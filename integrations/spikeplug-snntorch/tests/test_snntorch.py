@@ -50,12 +50,12 @@ def test_reset_reaches_the_neuron_and_its_copies(xs):
     assert not torch.equal(run(net, xs), first)
     snntorch.utils.reset(net)
     assert torch.equal(run(net, xs), first)
-    twin = copy.deepcopy(net)
-    snntorch.utils.reset(twin)
-    assert torch.equal(run(twin, xs), first)
-    run(twin, xs)
-    snntorch.utils.reset(twin)
-    assert torch.equal(run(twin, xs), first)
+    copied = copy.deepcopy(net)
+    snntorch.utils.reset(copied)
+    assert torch.equal(run(copied, xs), first)
+    run(copied, xs)
+    snntorch.utils.reset(copied)
+    assert torch.equal(run(copied, xs), first)
 
 
 def test_hidden_state_and_outputs(xs):
@@ -116,5 +116,5 @@ def test_network_streams_the_same_numbers():
 
 def test_what_does_not_flow_is_refused():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
-    with pytest.raises(ConversionError, match="only networks whose trains flow"):
+    with pytest.raises(ConversionError, match="only networks of streaming codes"):
         SnnTorch().network(spikeplug.convert(net, "rate", calibration=[torch.randn(2, 3, 8, 8)]))

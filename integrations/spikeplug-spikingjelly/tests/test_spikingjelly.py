@@ -68,8 +68,8 @@ def test_sequential_step_modes_and_resets(xs):
 
 def test_state_dict_copies_pickles_and_detaches(layer, xs):
     expected = layer(xs)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(xs), expected)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(xs), expected)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(xs), expected)
     assert layer.state_dict() == {}
     layer.step_mode = "s"
@@ -156,6 +156,6 @@ def test_signed_spikes_are_accumulates():
 
 def test_what_does_not_flow_is_refused():
     net, images = network_and_images()
-    with pytest.raises(ConversionError, match="only networks whose trains flow"):
+    with pytest.raises(ConversionError, match="only networks of streaming codes"):
         SpikingJelly().network(spikeplug.convert(net, "rate", calibration=[images]))
     assert get_class("framework", "spikingjelly") is SpikingJelly

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 import spikeplug
+from spikeplug.coding.site import in_mode
 from spikeplug.errors import OptionError
-from spikeplug.site import in_mode
 from spikeplug_vision.images import Images
 from spikeplug_vision.models import CIFAR, CifarResNet, open_model
 

@@ -18,9 +18,9 @@ from spike_plugin_bse.codec import Codec
 from spike_plugin_bse.neuron import CodecIF
 from spike_plugin_bse.nonlinear import ASNC
 from spike_plugin_bse.segments import Fit
+from spikeplug.coding.listeners import SpikeCount, listening
+from spikeplug.coding.statistics import ActivationStats
 from spikeplug.errors import CalibrationError, NonFiniteError, OptionError
-from spikeplug.listeners import SpikeCount, listening
-from spikeplug.stats import ActivationStats
 from spikeplug.testing import NeuronConformance
 
 SAMPLES = torch.randn(65536, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -373,7 +373,7 @@ def test_a_listener_hears_what_it_has_a_method_for():
     net, batch = torch.nn.Sequential(torch.nn.Linear(8, 4)).eval(), torch.randn(3, 8)
     spiking = spikeplug.convert(net, "bse", calibration=[batch], steps=6)
     heard = Windows()
-    (site,) = spikeplug.site.sites(spiking).values()
+    (site,) = spikeplug.coding.site.sites(spiking).values()
     with spikeplug.listening({site: heard}):
         assert (heard.hears("window"), heard.hears("fired"), site.heard("activation")) == (True, False, False)
         spiking(batch)

@@ -8,12 +8,12 @@ import torch
 from spike_plugin_bse.encoder import BSE
 from spike_plugin_bse.neuron import BitIF, soma
 from spikeplug import ActivationStats
+from spikeplug.coding.layers import make_spiking
+from spikeplug.coding.site import Site
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import CalibrationError, OptionError
-from spikeplug.layers import make_spiking
-from spikeplug.site import Site
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.testing.encoder import activations
-from spikeplug.types import CodeParams
 
 UNIT = CodeParams(torch.tensor(1.0), torch.tensor(0.0))
 

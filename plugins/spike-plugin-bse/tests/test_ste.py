@@ -10,7 +10,7 @@ from torch import nn
 
 import spikeplug
 from spike_plugin_bse.ste import STE
-from spikeplug import bundle
+from spikeplug.conversion import bundle
 from spikeplug.errors import BundleError, NonFiniteError, OptionError
 
 

@@ -12,10 +12,10 @@ import spikeplug
 from spike_plugin_css.adjust import amplification
 from spike_plugin_css.encoder import CSS
 from spike_plugin_css.neuron import TSA, TSAReLU
+from spikeplug.coding.site import in_mode
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import OptionError
-from spikeplug.site import in_mode
 from spikeplug.testing import EncoderConformance, NeuronConformance
-from spikeplug.types import CodeParams
 
 UNIT = CodeParams(torch.ones(()), torch.zeros(()))
 
@@ -220,10 +220,10 @@ def test_silent_period_and_negative_spikes_are_what_makes_it_work(images):
 
 
 def test_fused_execution_and_excluded_layers_are_refused(images):
-    with pytest.raises(OptionError, match="execution='fused': trains of 'css' flow"):
+    with pytest.raises(OptionError, match="execution='fused': trains of 'css' stream"):
         spikeplug.convert(network(), "css", calibration=[images], execution="fused")
     spiking = spikeplug.convert(network(), "css", calibration=[images])
-    with pytest.raises(OptionError, match="execution='fused': trains of 'css' flow"):
+    with pytest.raises(OptionError, match="execution='fused': trains of 'css' stream"):
         spikeplug.set_execution(spiking, "fused")
 
 

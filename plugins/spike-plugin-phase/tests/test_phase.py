@@ -11,11 +11,11 @@ from spike_plugin_phase.encoder import Phase, fire
 from spike_plugin_phase.neuron import PhaseIF
 from spike_plugin_phase.trainer import _Neurons, candidates, even, learn, search
 from spikeplug import ActivationStats
+from spikeplug.coding.site import sites
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import CalibrationError, OptionError
-from spikeplug.site import sites
 from spikeplug.testing import EncoderConformance, NeuronConformance
 from spikeplug.testing.encoder import activations
-from spikeplug.types import CodeParams
 
 HEAVY = torch.randn(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) ** 3
 """Most values small, some large: what a learned code can serve better than an even one."""

@@ -8,9 +8,9 @@ import torch
 from spike_plugin_ttfs.encoder import TTFS, ContinuousTTFS
 from spike_plugin_ttfs.neuron import FirstSpikeIF
 from spikeplug import ActivationStats
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import CalibrationError, OptionError
 from spikeplug.testing import EncoderConformance, NeuronConformance
-from spikeplug.types import CodeParams
 
 NO_WIDTH = "a range of no width is an error"
 

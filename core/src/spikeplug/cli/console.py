@@ -17,7 +17,7 @@ from spikeplug.errors import ConversionError, OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from spikeplug.architecture import LanguageArchitecture
+    from spikeplug.conversion.architecture import LanguageArchitecture
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Model = Annotated[
@@ -63,7 +63,7 @@ def language() -> LanguageArchitecture:
     Raises:
         UnknownNameError: its plugin is not installed.
     """
-    from spikeplug.architecture import LanguageArchitecture
+    from spikeplug.conversion.architecture import LanguageArchitecture
 
     architecture = registry.get_class("architecture", "transformers")()
     if not isinstance(architecture, LanguageArchitecture):

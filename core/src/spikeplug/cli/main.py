@@ -154,7 +154,7 @@ def ls_command(
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Look for mixtures of packages that do not work together, and say how to mend them."""
-    from spikeplug.doctor import examine
+    from .doctor import examine
 
     checks = examine()
     if as_json:

@@ -29,7 +29,7 @@ from .console import (
 
 if TYPE_CHECKING:
     from spikeplug.config import ConversionConfig
-    from spikeplug.coverage import ConversionReport
+    from spikeplug.conversion.report import ConversionReport
 
 
 def convert_command(
@@ -43,7 +43,7 @@ def convert_command(
     setting: Annotated[list[str], typer.Option("-s", metavar="KEY=VALUE", help="An option of the recipe.")] = [],  # noqa: B006
     calibrate_tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 16384,
     seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
-    observed: Annotated[
+    statistics: Annotated[
         Path | None, typer.Option(help="File to keep what sites saw in; read where it exists, for another recipe.")
     ] = None,
     dry_run: Annotated[
@@ -55,8 +55,8 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Convert a network and write the spiking one to a folder: a language model, or with --images an image network."""
-    from spikeplug.bundle import check_writable, save
     from spikeplug.config import ConversionConfig
+    from spikeplug.conversion.bundle import check_writable, save
     from spikeplug.conversion.verbs import convert, report
 
     config, beside = ConversionConfig.resolve(recipe, settings(setting)), dict[str, Any]()
@@ -70,16 +70,16 @@ def convert_command(
         refuse_both("--calibrate", calibrate)
         with progress() as watch:
             spiking = vision().convert(
-                model, recipe, config, images, weights=weights, count=count, observed=observed, watch=watch
+                model, recipe, config, images, weights=weights, count=count, statistics=statistics, watch=watch
             )
     else:
         text = need_file(calibrate, "--calibrate TEXT, or --images for an image network")
         architecture = language()
         opened = architecture.open(model, dtype=dtype, device=device)
         batches = architecture.calibration(opened, text, seqlen=seqlen, tokens=calibrate_tokens, config=config)
+        dense, beside["tokenizer"] = opened.model, opened.tokenizer
         with progress() as watch:
-            spiking = convert(opened.model, config, calibration=batches, observed=observed, inplace=True, watch=watch)
-        beside["tokenizer"] = opened.tokenizer
+            spiking = convert(dense, config, calibration=batches, statistics=statistics, inplace=True, watch=watch)
     save(spiking, out, overwrite=force, **beside)
     _say_converted(report(spiking), config, out, as_json)
 
@@ -223,7 +223,7 @@ def train_command(
 
     import torch
 
-    from spikeplug.bundle import check_writable, save
+    from spikeplug.conversion.bundle import check_writable, save
 
     built = registry.get_trainer(trainer, **settings(setting))
     check_writable(out, overwrite=force)

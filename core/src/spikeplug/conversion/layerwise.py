@@ -15,18 +15,18 @@ import safetensors.torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spikeplug.architecture import Architecture
+from spikeplug.coding.layers import SPIKING, SpikingLayer, channels_of, make_spiking
+from spikeplug.coding.site import Coder, Site
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport, Op, spiking_op
 from spikeplug.errors import BundleError, CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import samples_of
-from spikeplug.layers import SPIKING, SpikingLayer, channels_of, make_spiking
-from spikeplug.site import Coder, Site
 
+from .architecture import Architecture
 from .networks import WEIGHTS, as_call, fill_sites
 from .plan import Plan, Problem, refuse
 from .record import Conversion, conversion_of
+from .report import ConversionReport, Op, spiking_op
 from .sharing import own, shared_copy
 
 DENSE_WITH_WEIGHTS = (
@@ -75,8 +75,8 @@ class Layers(Architecture):
         names = [name for name, module in model.named_modules() if type(module) in SPIKING]
         if not names:
             raise ConversionError(f"{type(model).__name__} has no layer that can receive spikes: {_choices()}")
-        if config.build()[0].flows:
-            raise OptionError(f"structure='layers': trains of '{config.encoder}' flow through captured networks only")
+        if config.build()[0].streams:
+            raise OptionError(f"structure='layers': trains of '{config.encoder}' stream through captured networks only")
         if any(name != "exact" for name in config.approximators.values()):
             raise OptionError("structure='layers' has no approximators: operations between layers are not known")
         config.check_patterns({**dict.fromkeys(names, ("input",)), **dict.fromkeys(dict(_unknown(model)), ("module",))})

@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from spikeplug.architecture import Architecture
+from spikeplug.coding.site import Coder
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import BundleError, CalibrationError, OptionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import SpikingGraph, samples_of
 from spikeplug.graph.stored import of_json, require_plain, to_json
-from spikeplug.site import Coder
 
+from .architecture import Architecture
 from .plan import Plan, build, plan_network
 from .sharing import shared_copy
 
@@ -107,19 +107,20 @@ def _rebuilt(described: Mapping[str, Any], state: Mapping[str, Tensor], config: 
     return model
 
 
-def _pickled(model: SpikingGraph) -> tuple[Any, ...]:
+def _reduced(model: SpikingGraph) -> tuple[Any, ...]:
     state = {name: each.detach() for name, each in model.state_dict().items()}
-    return _unpickled, (_described(model), state, model.conversion.config.model_dump(mode="json"), model.training)
+    return _of_reduced, (_described(model), state, model.conversion.config.model_dump(mode="json"), model.training)
 
 
-def _unpickled(described: Any, state: dict[str, Tensor], config: dict[str, Any], training: bool) -> nn.Module:
+def _of_reduced(described: Any, state: dict[str, Tensor], config: dict[str, Any], training: bool) -> nn.Module:
     from .verbs import set_execution
 
     model = _rebuilt(described, state, ConversionConfig.model_validate(config))
     return set_execution(model, model.conversion.config.execution).train(training)
 
 
-copyreg.pickle(SpikingGraph, _pickled)  # for torch.save and other processes: operations themselves have no pickled form
+# For torch.save and other processes; operations of PyTorch have no such form.
+copyreg.dispatch_table[SpikingGraph] = _reduced
 
 
 def _order(tensor: Tensor) -> list[int]:

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from spikeplug.coding.layers import SpikingLayer
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport, Op, dynamic_note
 from spikeplug.errors import ConversionError, NonFiniteError, OptionError
 from spikeplug.graph.capture import Captured, capture, operands, unwrapped
 from spikeplug.graph.draft import STRUCTURAL, Draft
 from spikeplug.graph.folding import fold
 from spikeplug.graph.network import SpikingGraph
+from spikeplug.graph.nonlinear import approximate_graph
 from spikeplug.graph.operations import Kind, kinds
 from spikeplug.graph.products import Product
 from spikeplug.graph.routing import route
-from spikeplug.graph.streaming import FlowLayer, FlowSite
+from spikeplug.graph.streaming import StreamingLayer, StreamingSite
 from spikeplug.graph.windows import labels_of_operand, operand_kinds, place_windows
-from spikeplug.layers import SpikingLayer
-from spikeplug.nonlinear import approximate_graph
 
 from .record import Conversion
+from .report import ConversionReport, Op, dynamic_note
 
 ON_POTENTIAL = "computed on the accumulated input of the neurons behind it"
 HIDDEN = (*STRUCTURAL, "value")
@@ -131,14 +131,14 @@ def build(captured: Captured, folded: Mapping[str, str], config: ConversionConfi
     draft = Draft(captured, config)
     macs = {draft.path(node): count for node, count in _counted(draft)}
     encoder, neuron = config.build()
-    approximated = approximate_graph(draft, activations=not encoder.flows)
-    if encoder.flows:
+    approximated = approximate_graph(draft, activations=not encoder.streams)
+    if encoder.streams:
         if neuron is None:
-            raise OptionError(f"code '{encoder.name}' flows: a neuron that answers currents is needed")
-        flow, delay = route(draft)
+            raise OptionError(f"code '{encoder.name}' streams: a neuron that answers currents is needed")
+        stream, delay = route(draft)
     else:
-        flow, delay = None, place_windows(draft)
-    network = SpikingGraph(draft, flow)
+        stream, delay = None, place_windows(draft)
+    network = SpikingGraph(draft, stream)
     ops = tuple(_rows(network, draft, macs, approximated, folded))
     report = ConversionReport(config.recipe, ops, "sample", delay)
     network.conversion = Conversion(config, report, "network", dict(folded))
@@ -203,14 +203,14 @@ def _unknown(node: fx.Node, kind: Kind) -> Problem:
 
 
 def _check_patterns(draft: Draft, config: ConversionConfig) -> None:
-    flows = config.build()[0].flows
-    words: dict[str, tuple[str, ...]] = {"": ("image", "value", "sum", "relu", "clip")} if flows else {}
+    streams = config.build()[0].streams
+    words: dict[str, tuple[str, ...]] = {"": ("image", "value", "sum", "relu", "clip")} if streams else {}
     for node in draft.graph.nodes:
         kind = draft.kinds[node]
         if kind.kind in STRUCTURAL:
             continue
         words[draft.path(node)] = draft.labels(node)
-        if flows and kind.kind == "activation":
+        if streams and kind.kind == "activation":
             words[draft.path(node)] = ("clip" if kind.op == "clip" else "relu", *draft.labels(node))
         if kind.kind == "product":
             words |= {
@@ -278,11 +278,11 @@ def _row(
     if isinstance(module, SpikingLayer):
         site = module.source
         return Op(path, kind.type, "spiking", count, str(site.encoder), dynamic_note(site.encoder), (site.name,))
-    if isinstance(module, FlowLayer):
+    if isinstance(module, StreamingLayer):
         names = tuple(site.name for site in module.sites)
         role, note = ("decoded", "reads averages of spikes") if module.pooled else ("spiking", "")
         return Op(path, kind.type, role, count, str(module.sites[0].encoder), note, names)
-    if isinstance(module, FlowSite):
+    if isinstance(module, StreamingSite):
         return Op(path, kind.type, "neuron", 0, str(module.encoder), sites=(module.name,))
     if path in approximated:
         return Op(path, approximated[path], "approximated", 0, kind.type)
@@ -291,7 +291,7 @@ def _row(
     if kind.kind in ("nonlinear", "other", "weighted", "recurrent", "lookup"):
         note = "what it computes is not known and not counted" if kind.kind == "other" else ""
         return Op(path, kind.type, "dense", count, note=note)
-    if network.flow is not None:
+    if network.stream is not None:
         return Op(path, kind.type, "neuron" if kind.kind == "maxpool" else "coded", 0)
     return Op(path, kind.type, "neuron", 0, note=ON_POTENTIAL)
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport
 from spikeplug.errors import ConversionError
+
+from .report import ConversionReport
 
 
 @dataclasses.dataclass

@@ -1,8 +1,7 @@
-"""The main verbs: convert a model, calibrate it, choose its execution, count its spikes, report on it."""
+"""The main verbs: convert a model, calibrate it, choose its execution, report on it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -13,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug import plugins
-from spikeplug.architecture import Architecture, Watch, unwatched
+from spikeplug.coding.listeners import Observation, listening
+from spikeplug.coding.site import EXECUTIONS, Coder, Execution, evaluating, in_mode, sites
+from spikeplug.coding.statistics import ActivationStats, Observer
+from spikeplug.coding.types import Recipe
 from spikeplug.config import ConversionConfig
-from spikeplug.coverage import ConversionReport
 from spikeplug.errors import CalibrationError, ConversionError, OptionError
 from spikeplug.graph.capture import unwrapped
-from spikeplug.graph.streaming import FlowSite
-from spikeplug.listeners import Observation, SpikeCount, listening
-from spikeplug.observed import load_observed, save_observed
-from spikeplug.site import EXECUTIONS, Coder, Execution, evaluating, in_mode, sites
-from spikeplug.stats import ActivationStats, Observer
-from spikeplug.types import Recipe
+from spikeplug.graph.streaming import StreamingSite
 
+from .architecture import Architecture, Watch, unwatched
 from .plan import Plan, refuse_nonfinite
 from .record import Conversion, conversion_of, refuse_replaced
+from .report import ConversionReport
+from .statistics_file import load_statistics, save_statistics
 from .verify import verify_conversion
 
 
@@ -64,7 +63,7 @@ def convert(
     *,
     calibration: Iterable[Any] | None = None,
     example: Any = None,
-    observed: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     verify: bool = True,
     watch: Watch = unwatched,
@@ -77,8 +76,8 @@ def convert(
         recipe: name of a recipe (`spikeplug ls recipes`), or a whole configuration.
         calibration: batches: each a tensor, a tuple of inputs (labels behind them are left out) or a dict.
         example: a batch to capture the network on, where there is no calibration; else its first batch.
-        observed: file of what the sites see in the calibration data: read where it exists, else written, so that other
-            recipes for this model need no second pass over the data.
+        statistics: file of what the sites see in the calibration data: read where it exists, else written, so that
+            other recipes for this model need no second pass over the data.
         inplace: change the given language model, for one that does not fit twice.
         verify: compare the result with the dense model, codes left out, and stepped layers with fused ones.
         watch: called with the stage, the batches or sites done and their number.
@@ -96,13 +95,13 @@ def convert(
     architecture = _chosen(model, config)
     refuse_target(recipe, architecture)
     _refuse_unfit(calibration, config)
-    batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or observed is not None)
+    batches = None if calibration is None else _Batches(calibration, keep=bool(config.passes) or statistics is not None)
     if example is None and batches is not None:
         example = batches.first()
     given = list(batches) if batches is not None and batches.kept else [] if example is None else [example]
     spiking = architecture.prepare(model, config, given, inplace=inplace)
     if batches is not None:
-        fit(spiking, _seen(spiking, batches, observed, watch), watch=watch)
+        fit(spiking, _seen(spiking, batches, statistics, watch), watch=watch)
     spiking = set_execution(spiking, config.execution)
     if verify and example is not None:
         keeping = all(getattr(each, "keeps_function", True) for each in config.build_passes())
@@ -174,9 +173,9 @@ def _seen(
     if path is None:
         return observe(model, batches, watch=watch)
     if os.path.exists(path):
-        return load_observed(path, model, batches)
+        return load_statistics(path, model, batches)
     found = observe(model, batches, watch=watch)
-    save_observed(found, path, model, batches)
+    save_statistics(found, path, model, batches)
     return found
 
 
@@ -212,7 +211,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, watch: Watch = unwatc
     return fit(model, observe(model, batches, watch=watch), watch=watch)
 
 
-def fit(model: nn.Module, observed: Mapping[str, ActivationStats], *, watch: Watch = unwatched) -> nn.Module:
+def fit(model: nn.Module, statistics: Mapping[str, ActivationStats], *, watch: Watch = unwatched) -> nn.Module:
     """Fit and store every site's parameters to statistics that `observe` gave, of this model or one with such sites.
 
     Raises:
@@ -221,9 +220,9 @@ def fit(model: nn.Module, observed: Mapping[str, ActivationStats], *, watch: Wat
     _fit_domains(model)
     waiting = {name: site for name, site in sites(model).items() if site.static and site.observes}
     for name in waiting:
-        if name not in observed:
+        if name not in statistics:
             raise CalibrationError(f"there are no statistics of site '{name}': observe a model that has it")
-    for name, params in _fit(waiting, observed, watch).items():
+    for name, params in _fit(waiting, statistics, watch).items():
         waiting[name].set_params(params)
     return model
 
@@ -270,7 +269,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _fit(
-    coders: dict[str, Coder], observed: Mapping[str, ActivationStats], watch: Watch
+    coders: dict[str, Coder], statistics: Mapping[str, ActivationStats], watch: Watch
 ) -> dict[str, Mapping[str, Tensor]]:
     """Parameters by name, on the device of what was observed; coders of one `batch` are fitted together."""
     batches: dict[Hashable, list[str]] = {}
@@ -281,11 +280,11 @@ def _fit(
         watch("fitting", len(fitted), len(coders))
         together = [coders[name] for name in names]
         try:
-            found = together[0].fit_all(together, [_alive(observed[name]) for name in names])
+            found = together[0].fit_all(together, [_alive(statistics[name]) for name in names])
         except CalibrationError as error:
             raise CalibrationError(f"site '{together[error.index or 0].name}': {error}") from None
         for name, tensors in zip(names, found, strict=True):
-            fitted[name] = {key: tensor.to(observed[name].device) for key, tensor in tensors.items()}
+            fitted[name] = {key: tensor.to(statistics[name].device) for key, tensor in tensors.items()}
     return fitted
 
 
@@ -314,8 +313,8 @@ def set_execution(model: nn.Module, execution: Execution) -> nn.Module:
     if execution not in EXECUTIONS:
         raise OptionError(f"execution='{execution}': choose one of {', '.join(EXECUTIONS)}")
     for site in sites(model).values():
-        if isinstance(site, FlowSite) and execution == "fused":
-            raise OptionError(f"execution='fused': trains of '{site.encoder.name}' flow, they run stepped only")
+        if isinstance(site, StreamingSite) and execution == "fused":
+            raise OptionError(f"execution='fused': trains of '{site.encoder.name}' stream, they run stepped only")
         site.mode = execution
     for module in model.modules():
         conversion = getattr(module, "conversion", None)
@@ -331,30 +330,6 @@ def _refuse_unfit(calibration: Iterable[Any] | None, config: ConversionConfig) -
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
     if isinstance(calibration, (Tensor, Mapping)):
         raise OptionError(f"calibration is a {type(calibration).__name__}: give a list of batches, calibration=[batch]")
-
-
-class SpikeCounts:
-    """Spikes fired while `count_spikes` was active, by site."""
-
-    def __init__(self, by_site: dict[str, SpikeCount]) -> None:
-        self.by_site = by_site
-
-    @property
-    def total(self) -> int:
-        """Spikes of all sites."""
-        return sum(count.spikes for count in self.by_site.values())
-
-
-@contextlib.contextmanager
-def count_spikes(model: nn.Module) -> Iterator[SpikeCounts]:
-    """Count the spikes of every forward pass inside the context, in either execution.
-
-    A spike of -1 counts as one. A site that several layers read counts once. Contexts may be nested.
-    """
-    found = sites(model)
-    counts = SpikeCounts({name: SpikeCount() for name in found})
-    with listening({site: counts.by_site[name] for name, site in found.items()}):
-        yield counts
 
 
 def report(model: nn.Module) -> ConversionReport:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from spikeplug.architecture import Architecture
+from spikeplug.coding.layers import SpikingLayer
+from spikeplug.coding.site import Coder, Site, evaluating, in_mode, sites
 from spikeplug.errors import ConversionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.structure import leaves
-from spikeplug.layers import SpikingLayer
-from spikeplug.site import Coder, Site, evaluating, in_mode, sites
 
+from .architecture import Architecture
 from .record import conversion_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}

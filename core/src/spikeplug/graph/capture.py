@@ -21,8 +21,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from spikeplug.coding.site import evaluating
 from spikeplug.errors import ConversionError, OptionError
-from spikeplug.site import evaluating
 
 from .guards import Guard, guards_of, squeezing
 from .structure import Signature, Structure

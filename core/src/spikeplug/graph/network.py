@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from spikeplug.coding.padding import real_positions
 from spikeplug.errors import OptionError
-from spikeplug.padding import real_positions
 
 from .capture import Captured
 from .draft import Draft
 from .operations import Kind
-from .streaming import Flow
+from .streaming import Stream
 from .structure import leaves
 from .windows import MASK
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from spikeplug.conversion.record import Conversion
 
 MICRO_BATCH = 2**19
-"""Values of the input's train, T times its samples, that flow at once: what passes between layers should stay in the
+"""Values of the input's train, T times its samples, that stream at once: what passes between layers should stay in the
 cache. 14 CIFAR images at T = 12; of ImageNet one."""
 
 
@@ -34,13 +34,13 @@ class SpikingGraph(nn.Module):
     Attributes:
         conversion: what was asked for and what became of every operation, a `spikeplug.conversion.Conversion`.
         captured: the graph that it was made of, without its tensors.
-        flow: shared state of trains that flow; None where every activation is a window of its own.
+        stream: shared state of streamed trains; None where every activation is a window of its own.
         kinds: of every node of its program, by name. stored: where each tensor of the graph lies.
     """
 
     conversion: Conversion
 
-    def __init__(self, draft: Draft, flow: Flow | None) -> None:
+    def __init__(self, draft: Draft, stream: Stream | None) -> None:
         super().__init__()
         draft.finish()
         program = fx.GraphModule(draft.root, draft.graph, "SpikingGraph")
@@ -51,7 +51,7 @@ class SpikingGraph(nn.Module):
         for name, buffer in program.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         self._program = (program,)  # a tuple, so that its modules are not registered twice
-        self.flow, self.stored = flow, dict(draft.stored)
+        self.stream, self.stored = stream, dict(draft.stored)
         self.captured = Captured(**{**vars(draft.captured), "tensors": {}})
         self.kinds: dict[str, Kind] = {node.name: draft.kinds[node] for node in draft.graph.nodes}
         self._fitting: set[tuple[torch.Size, ...]] = set()
@@ -127,11 +127,11 @@ class SpikingGraph(nn.Module):
         return f"input '{name}' of {self.captured.name} has shape {list(x.shape)}, [{wanted}] is needed{one}"
 
     def _run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        flow = self.flow
-        if self._splits and len(inputs[0]) > 1 and self._flows_in_parts():
-            assert flow is not None
+        stream = self.stream
+        if self._splits and len(inputs[0]) > 1 and self._streams_in_parts():
+            assert stream is not None
             values = sum(x[0].numel() for x in inputs)
-            size = max(1, MICRO_BATCH // (flow.steps * max(1, values)))
+            size = max(1, MICRO_BATCH // (stream.steps * max(1, values)))
             # Even parts: a small rest would cost as much a layer as a whole one.
             count = -(-len(inputs[0]) // size)
             if count > 1:
@@ -140,13 +140,13 @@ class SpikingGraph(nn.Module):
         found: tuple[Tensor, ...] = self.program(*inputs)
         return found
 
-    def _flows_in_parts(self) -> bool:
-        """Whether a batch may be split: trains flow, and nobody hears windows, of whom each is that of all samples."""
-        flow = self.flow
-        return flow is not None and not flow.dense and not any(site.heard("window") for site in flow.sites)
+    def _streams_in_parts(self) -> bool:
+        """Whether a batch may be split: trains stream, and nobody listens to windows, each of which has all samples."""
+        stream = self.stream
+        return stream is not None and not stream.dense and not any(site.heard("window") for site in stream.sites)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpikingGraph:
-        # As any module's: `copy` would else take the way of `pickle`.
+        # As any module's: `copy` would else build it anew, from its description.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(self.__dict__, memo)

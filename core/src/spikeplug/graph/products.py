@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spikeplug.site import Site
-from spikeplug.types import CodeParams, Encoder
+from spikeplug.coding.site import Site
+from spikeplug.coding.types import CodeParams, Encoder
 
 
 def contributions(encoder: Encoder, p: CodeParams, spikes: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -106,7 +106,7 @@ Combine = Callable[[Iterator[Tensor], Iterator[Tensor]], Iterator[Tensor]]
 
 
 def stepped_product(a: Operand, b: Operand, combine: Combine) -> Tensor | None:
-    """A product of two activations by their spikes; None where one is not carried by spikes, or gradients flow."""
+    """A product of two activations by their spikes; None where one is not carried by spikes, or gradients stream."""
     first, second = a.site, b.site
     if first is None or second is None or not (first.steps_now and second.steps_now):
         return None

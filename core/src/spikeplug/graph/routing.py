@@ -1,4 +1,4 @@
-"""Codes whose spike trains flow: where trains begin and end in a captured network, and in whose amplitudes they are.
+"""Codes whose spike trains stream: where trains begin and end in a captured network, and in whose amplitudes they are.
 
 Between two sites everything is linear. What is not (norms, softmax, GELU, products) works on values: trains that reach
 it are decoded there, and values that a weighted layer reads become trains anew.
@@ -17,7 +17,7 @@ from spikeplug.errors import ConversionError, OptionError
 from .draft import Draft, keeps_rows
 from .folding import is_arithmetic
 from .operations import Kind
-from .streaming import FLOWING, Affine, Flow, FlowLayer, FlowMaxPool, FlowSite, Readout, Rescale
+from .streaming import STREAMING, Affine, Readout, Rescale, Stream, StreamingLayer, StreamingMaxPool, StreamingSite
 from .windows import labels_of_operand, operand_kinds, sequence_of
 
 PASSING = ("affine", "linear", "cat", "maxpool", "activation")
@@ -46,7 +46,7 @@ class Router:
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self.flow = Flow(draft.config.build()[0])
+        self.stream = Stream(draft.config.build()[0])
         self.trains: set[fx.Node] = set()
         self.spikes: set[fx.Node] = set()
         """Of the trains, those that carry spikes, or averages and the like of them."""
@@ -56,7 +56,7 @@ class Router:
         """A train -> its value."""
         self.products: list[fx.Node] = []
 
-    def run(self) -> tuple[Flow, int]:
+    def run(self) -> tuple[Stream, int]:
         """The shared state, and the steps to the result.
 
         Raises:
@@ -80,7 +80,7 @@ class Router:
         for node in self.products:
             sites = (site for each in node.args for site in units.fired[each.args[0]])  # type: ignore[union-attr,index]
             self.draft.decoded[self.draft.path(node)] = tuple(dict.fromkeys(site.name for site in sites))
-        return self.flow, self._delay()
+        return self.stream, self._delay()
 
     def _count_rows_of_values(self) -> None:
         """What asks how many rows a train `[T * B, ...]` has means B: it asks the value that the train is of."""
@@ -146,7 +146,7 @@ class Router:
         if any(each.op != "get_attr" or kind.kind in ("add", "cat") for each in others):
             return False
         if kind.kind == "maxpool":
-            return self.flow.accumulates and keeps_rows(node, self.draft)
+            return self.stream.accumulates and keeps_rows(node, self.draft)
         if kind.kind == "affine":
             return keeps_rows(node, self.draft)
         if kind.kind == "activation":
@@ -166,7 +166,7 @@ class Router:
             node = draft.swap(node, Affine(tensors[0], tensors[1]), tuple(inputs))
         elif kind.kind == "maxpool":
             pool = Called(node.target, node.args[1:], node.kwargs)  # type: ignore[arg-type]
-            node = draft.swap(node, FlowMaxPool(self.flow, pool), tuple(inputs))
+            node = draft.swap(node, StreamingMaxPool(self.stream, pool), tuple(inputs))
         elif str(node.target) == "aten.reshape.default":
             with draft.graph.inserting_before(node):
                 new = draft.graph.call_function(reshape_rows, node.args)
@@ -179,15 +179,15 @@ class Router:
         if kind.kind in ("linear", "cat") and all(each in self.spikes for each in inputs):
             self.spikes.add(node)
 
-    def _site(self, path: str, kind: str, activation: Kind) -> FlowSite:
+    def _site(self, path: str, kind: str, activation: Kind) -> StreamingSite:
         encoder, neuron = self.draft.config.build(path, kind)
         assert neuron is not None
-        if encoder.steps != self.flow.steps:
+        if encoder.steps != self.stream.steps:
             raise OptionError(
-                f"'{path}' has {encoder.steps} steps, the network {self.flow.steps}: trains that flow have one T"
+                f"'{path}' has {encoder.steps} steps, the network {self.stream.steps}: streamed trains have one T"
             )
         try:
-            return FlowSite(path, kind, encoder, neuron, activation, self.flow)
+            return StreamingSite(path, kind, encoder, neuron, activation, self.stream)
         except OptionError as error:
             raise ConversionError(f"'{path}' ({activation.type}): {error}") from None
 
@@ -226,7 +226,7 @@ class Router:
         if source not in self.decoded:
             draft = self.draft
             path = draft.free("readout" if result else f"{draft.path(source)}_value")
-            draft.add(path, Readout(self.flow))
+            draft.add(path, Readout(self.stream))
             with draft.graph.inserting_after(source):
                 self.decoded[source] = draft.call(path, (source,), Kind("value", "readout"), source)
         return self.decoded[source]
@@ -237,11 +237,11 @@ class Router:
         for node in self.draft.graph.nodes:
             begun = max((known[each] for each in node.all_input_nodes), default=0)
             module = self.draft.module(node)
-            if isinstance(module, FlowSite):
+            if isinstance(module, StreamingSite):
                 begun += module.latency
             elif isinstance(module, Readout):
-                begun += self.flow.steps
-            known[node] = begun + (0 if isinstance(module, FlowSite) else int(getattr(module, "delay", 0)))
+                begun += self.stream.steps
+            known[node] = begun + (0 if isinstance(module, StreamingSite) else int(getattr(module, "delay", 0)))
         return known[self.draft.end]
 
 
@@ -269,10 +269,10 @@ class _Units:
     """Says of every train in whose amplitudes it is; layers absorb the change, elsewhere a Rescale makes it."""
 
     def __init__(self, router: Router) -> None:
-        self.draft, self.flow, self.trains = router.draft, router.flow, router.trains
-        self.unit: dict[fx.Node, FlowSite | None] = {}
+        self.draft, self.stream, self.trains = router.draft, router.stream, router.trains
+        self.unit: dict[fx.Node, StreamingSite | None] = {}
         self.pooled: dict[fx.Node, bool] = {}
-        self.fired: dict[fx.Node, tuple[FlowSite, ...]] = {}
+        self.fired: dict[fx.Node, tuple[StreamingSite, ...]] = {}
         self.wanted = self._wanted()
 
     def run(self) -> None:
@@ -289,8 +289,8 @@ class _Units:
 
     def _fit(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]) -> None:
         kind = self.draft.kinds[node]
-        layer = type(module) in FLOWING
-        site = module if isinstance(module, FlowSite) else None
+        layer = type(module) in STREAMING
+        site = module if isinstance(module, StreamingSite) else None
         averaged = kind.pools or any(self.pooled[each] for each in inputs)
         self.pooled[node] = site is None and not layer and averaged
         self.fired[node] = tuple(dict.fromkeys(each for train in inputs for each in self.fired[train]))
@@ -301,10 +301,10 @@ class _Units:
             self.unit[node] = site
         elif layer:
             assert module is not None
-            module.__class__ = FLOWING[type(module)]
-            assert isinstance(module, FlowLayer)
+            module.__class__ = STREAMING[type(module)]
+            assert isinstance(module, StreamingLayer)
             first = inputs[0]
-            module.attach(self.flow, self.fired[first], self.unit[first], self.wanted[node], self.pooled[first])
+            module.attach(self.stream, self.fired[first], self.unit[first], self.wanted[node], self.pooled[first])
             self.unit[node] = self.wanted[node]
         elif kind.kind in ("add", "cat"):
             shared = {self.unit[each] for each in inputs}
@@ -313,30 +313,30 @@ class _Units:
         else:
             self.unit[node] = self.unit[inputs[0]]
 
-    def _wanted(self) -> dict[fx.Node, FlowSite | None]:
+    def _wanted(self) -> dict[fx.Node, StreamingSite | None]:
         """The site that a train feeds, where it feeds one only: its currents are then in that one's amplitudes."""
-        wanted: dict[fx.Node, FlowSite | None] = {}
+        wanted: dict[fx.Node, StreamingSite | None] = {}
         for node in reversed(list(self.draft.graph.nodes)):
-            found: set[FlowSite | None] = set()
+            found: set[StreamingSite | None] = set()
             for user in node.users:
                 module = self.draft.module(user)
-                if isinstance(module, FlowSite):
+                if isinstance(module, StreamingSite):
                     found.add(module)
-                elif user in self.trains and type(module) not in FLOWING:
+                elif user in self.trains and type(module) not in STREAMING:
                     found.add(wanted[user])
                 else:
                     found.add(None)
             wanted[node] = found.pop() if len(found) == 1 else None
         return wanted
 
-    def _express(self, node: fx.Node, to: FlowSite | None) -> None:
+    def _express(self, node: fx.Node, to: StreamingSite | None) -> None:
         """Rescale those inputs of a node that are not in the amplitudes of `to`."""
         draft = self.draft
         for index, train in enumerate(self._trains(node)):
             if self.unit[train] is to:
                 continue
             path = draft.free(f"{draft.path(node)}_scale{index or ''}")
-            draft.add(path, Rescale(self.flow, self.unit[train], to))
+            draft.add(path, Rescale(self.stream, self.unit[train], to))
             with draft.graph.inserting_before(node):
                 scaled = draft.call(path, (train,), Kind("linear", "rescale"), train)
             self.trains.add(scaled)
@@ -344,6 +344,6 @@ class _Units:
             node.replace_input_with(train, scaled)
 
 
-def route(draft: Draft) -> tuple[Flow, int]:
-    """Put what a code whose trains flow needs in place; return the shared state and the steps to the result."""
+def route(draft: Draft) -> tuple[Stream, int]:
+    """Put what a streaming code needs in place; return the shared state and the steps to the result."""
     return Router(draft).run()

@@ -1,4 +1,4 @@
-"""Codes whose trains flow: a layer's spikes reach the next layer's neurons step by step, and no window is decoded.
+"""Codes whose trains stream: a layer's spikes reach the next layer's neurons step by step, and no window is decoded.
 
 A train is a tensor `[T * B, ...]`, step by step, of spikes or of the currents that they cause. Between two sites
 everything is linear, so a layer works on all steps at once. Currents are in amplitudes of the neuron that they reach:
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikeplug.coding.layers import mapped
+from spikeplug.coding.site import Coder, Mode, version
+from spikeplug.coding.statistics import ActivationStats
+from spikeplug.coding.types import CodeParams, Encoder, Neuron, State
 from spikeplug.errors import CalibrationError
-from spikeplug.layers import mapped
-from spikeplug.site import Coder, Mode, version
-from spikeplug.stats import ActivationStats
-from spikeplug.types import CodeParams, Encoder, Neuron, State
 
 from .operations import Kind
 
 
-class Flow:
+class Stream:
     """What all parts of one network share.
 
     Attributes:
@@ -34,7 +34,7 @@ class Flow:
 
     def __init__(self, encoder: Encoder) -> None:
         self.mode: Mode = "stepped"
-        self.sites: list[FlowSite] = []
+        self.sites: list[StreamingSite] = []
         unit = CodeParams(torch.ones(()), torch.zeros(()))
         self.weights = [float(d) for d in encoder.weights(unit)]
 
@@ -69,7 +69,7 @@ class Flow:
         return x.reshape(self.steps, -1, *x.shape[1:])
 
 
-class FlowSite(Coder):
+class StreamingSite(Coder):
     """Neurons that turn currents into spikes; or, at the network's input, the code of an activation.
 
     Args:
@@ -78,14 +78,16 @@ class FlowSite(Coder):
         activation: what the neurons apply to their accumulated input.
     """
 
-    def __init__(self, name: str, kind: str, encoder: Encoder, neuron: Neuron, activation: Kind, flow: Flow) -> None:
+    def __init__(
+        self, name: str, kind: str, encoder: Encoder, neuron: Neuron, activation: Kind, stream: Stream
+    ) -> None:
         super().__init__(name, channels=())
-        self.kind, self.encoder, self.flow, self.activation = kind, encoder, flow, activation
-        flow.sites.append(self)
+        self.kind, self.encoder, self.stream, self.activation = kind, encoder, stream, activation
+        stream.sites.append(self)
         # Without its own activation a neuron may exist all the same: this says now that this one does not.
         self._neuron = neuron
         if not self.encodes:
-            self._neuron = neuron.activated(activation.op or "identity", activation.top, flow.steps)
+            self._neuron = neuron.activated(activation.op or "identity", activation.top, stream.steps)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.encoder}, {self._neuron}"
@@ -93,11 +95,11 @@ class FlowSite(Coder):
     @property
     def mode(self) -> Mode:
         """That of the whole network, all parts of which run alike."""
-        return self.flow.mode
+        return self.stream.mode
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        self.flow.mode = mode
+        self.stream.mode = mode
 
     @property
     def neuron(self) -> Neuron:
@@ -105,7 +107,7 @@ class FlowSite(Coder):
         if self.activation.op != "clip":
             return self._neuron
         top = self.activation.top / float(self.amplitude)
-        return self._neuron.activated("clip", top, self.flow.steps)
+        return self._neuron.activated("clip", top, self.stream.steps)
 
     @property
     def amplitude(self) -> Tensor:
@@ -129,7 +131,7 @@ class FlowSite(Coder):
         found = self.encoder.fit(stats).tensors()
         if found["scale"].numel() != 1:
             raise CalibrationError(
-                f"code '{self.encoder.name}' flows with one scale per site, not with one per channel"
+                f"code '{self.encoder.name}' streams with one scale per site, not with one per channel"
             )
         return found
 
@@ -156,7 +158,7 @@ class FlowSite(Coder):
     def forward(self, x: Tensor) -> Tensor:
         """Spikes `[T * B, ...]` of currents `[T * B, ...]`, or of an image `[B, ...]`."""
         with self.named():
-            if self.flow.dense:
+            if self.stream.dense:
                 x = self.activate(x)
                 self.tell("activation", x)
                 return x
@@ -164,7 +166,7 @@ class FlowSite(Coder):
                 spikes = self.encoder.encode(x, self.params())
                 currents = spikes
             else:
-                currents = self.flow.split(x)
+                currents = self.stream.split(x)
                 spikes = _in_storage_order(self.neuron.window, currents)
         if self.heard("fired"):
             # One pass; the sum of magnitudes would take two.
@@ -183,7 +185,7 @@ def _in_storage_order(window: Callable[[Tensor], Tensor], xs: Tensor) -> Tensor:
     return spikes.permute(0, *(1 + order.index(dim) for dim in range(1, xs.ndim)))
 
 
-class FlowLayer(nn.Module):
+class StreamingLayer(nn.Module):
     """A layer on trains: linear, its weights in amplitudes of where currents come from and go to.
 
     Attributes:
@@ -197,11 +199,16 @@ class FlowLayer(nn.Module):
     bias: Tensor | None
 
     def attach(
-        self, flow: Flow, sites: tuple[FlowSite, ...], source: FlowSite | None, to: FlowSite | None, pooled: bool
+        self,
+        stream: Stream,
+        sites: tuple[StreamingSite, ...],
+        source: StreamingSite | None,
+        to: StreamingSite | None,
+        pooled: bool,
     ) -> None:
         """Say where currents come from and go to."""
         # In tuples, which hide the sites from nn.Module's registration.
-        self.flow, self.sites, self.pooled = flow, sites, pooled
+        self.stream, self.sites, self.pooled = stream, sites, pooled
         for site in sites:
             site.spatial = max(site.spatial, len(getattr(self, "kernel_size", ())))
         self.source, self.feeds = (source,), (to,)
@@ -224,7 +231,7 @@ class FlowLayer(nn.Module):
         up = 1.0 if self.source[0] is None else self.source[0].amplitude.to(dtype)
         down = 1.0 if self.feeds[0] is None else self.feeds[0].amplitude.to(dtype)
         weight = self.weight * (up / down)
-        bias = None if self.bias is None else self.bias / down / self.flow.total
+        bias = None if self.bias is None else self.bias / down / self.stream.total
         if not training:
             if weight.ndim == 4 and weight.shape[1] > 1:
                 weight = weight.detach().contiguous(memory_format=torch.channels_last)
@@ -233,7 +240,7 @@ class FlowLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Currents of a train; or the dense layer's output."""
-        if self.flow.dense:
+        if self.stream.dense:
             return self.line(x, self.weight, self.bias)
         return self.line(x, *self.absorbed())
 
@@ -245,19 +252,19 @@ def _same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> boo
     return all(x is y and now == then for (x, now), (y, then) in zip(one, other, strict=True))
 
 
-class FlowLinear(FlowLayer, nn.Linear):  # type: ignore[misc]
+class StreamingLinear(StreamingLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` on trains."""
 
 
-class FlowConv1d(FlowLayer, nn.Conv1d):
+class StreamingConv1d(StreamingLayer, nn.Conv1d):
     """`nn.Conv1d` on trains."""
 
 
-class FlowConv2d(FlowLayer, nn.Conv2d):
+class StreamingConv2d(StreamingLayer, nn.Conv2d):
     """`nn.Conv2d` on trains."""
 
 
-class FlowConv3d(FlowLayer, nn.Conv3d):
+class StreamingConv3d(StreamingLayer, nn.Conv3d):
     """`nn.Conv3d` on trains."""
 
 
@@ -277,34 +284,34 @@ class Affine(nn.Module):
         return x * self.weight + self.bias
 
 
-class FlowAffine(FlowLayer, Affine):  # type: ignore[misc]
+class StreamingAffine(StreamingLayer, Affine):  # type: ignore[misc]
     """A scale and a shift by constants, on trains."""
 
     def line(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return x * weight if bias is None else x * weight + bias
 
 
-class FlowConvTranspose1d(FlowLayer, nn.ConvTranspose1d):  # type: ignore[misc]
+class StreamingConvTranspose1d(StreamingLayer, nn.ConvTranspose1d):  # type: ignore[misc]
     """`nn.ConvTranspose1d` on trains."""
 
 
-class FlowConvTranspose2d(FlowLayer, nn.ConvTranspose2d):  # type: ignore[misc]
+class StreamingConvTranspose2d(StreamingLayer, nn.ConvTranspose2d):  # type: ignore[misc]
     """`nn.ConvTranspose2d` on trains."""
 
 
-class FlowConvTranspose3d(FlowLayer, nn.ConvTranspose3d):  # type: ignore[misc]
+class StreamingConvTranspose3d(StreamingLayer, nn.ConvTranspose3d):  # type: ignore[misc]
     """`nn.ConvTranspose3d` on trains."""
 
 
-FLOWING: dict[type[nn.Module], type[FlowLayer]] = {
-    nn.Linear: FlowLinear,
-    nn.Conv1d: FlowConv1d,
-    nn.Conv2d: FlowConv2d,
-    nn.Conv3d: FlowConv3d,
-    nn.ConvTranspose1d: FlowConvTranspose1d,
-    nn.ConvTranspose2d: FlowConvTranspose2d,
-    nn.ConvTranspose3d: FlowConvTranspose3d,
-    Affine: FlowAffine,
+STREAMING: dict[type[nn.Module], type[StreamingLayer]] = {
+    nn.Linear: StreamingLinear,
+    nn.Conv1d: StreamingConv1d,
+    nn.Conv2d: StreamingConv2d,
+    nn.Conv3d: StreamingConv3d,
+    nn.ConvTranspose1d: StreamingConvTranspose1d,
+    nn.ConvTranspose2d: StreamingConvTranspose2d,
+    nn.ConvTranspose3d: StreamingConvTranspose3d,
+    Affine: StreamingAffine,
 }
 """Weighted layers, and what each becomes."""
 
@@ -312,9 +319,9 @@ FLOWING: dict[type[nn.Module], type[FlowLayer]] = {
 class Rescale(nn.Module):
     """Spikes of one site in amplitudes of another: on the way past the layers, and into concatenations."""
 
-    def __init__(self, flow: Flow, source: FlowSite | None, to: FlowSite | None) -> None:
+    def __init__(self, stream: Stream, source: StreamingSite | None, to: StreamingSite | None) -> None:
         super().__init__()
-        self.flow, self.source, self.feeds = flow, (source,), (to,)
+        self.stream, self.source, self.feeds = stream, (source,), (to,)
 
     @property
     def factor(self) -> Tensor:
@@ -323,7 +330,7 @@ class Rescale(nn.Module):
         return up if self.feeds[0] is None else up / self.feeds[0].amplitude
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.flow.dense else x * self.factor.to(x.dtype)
+        return x if self.stream.dense else x * self.factor.to(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,31 +368,31 @@ class PooledInput(Neuron):
         return torch.cat([p[:1], p[1:] - self.ratio * p[:-1]])
 
 
-class FlowMaxPool(nn.Module):
+class StreamingMaxPool(nn.Module):
     """Max pooling on trains, of accumulated input; see PooledInput."""
 
-    def __init__(self, flow: Flow, pool: nn.Module) -> None:
+    def __init__(self, stream: Stream, pool: nn.Module) -> None:
         super().__init__()
-        self.flow, self.pool = flow, pool
-        self.neuron = PooledInput(pool, flow.ratio)
+        self.stream, self.pool = stream, pool
+        self.neuron = PooledInput(pool, stream.ratio)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[T * B, ...]` to the pooled shape."""
-        if self.flow.dense:
+        if self.stream.dense:
             pooled: Tensor = self.pool(x)
             return pooled
-        return self.neuron.window(self.flow.split(x)).flatten(0, 1)
+        return self.neuron.window(self.stream.split(x)).flatten(0, 1)
 
 
 class Readout(nn.Module):
     """The value of a train, at the output or ahead of what works on values: `[T * B, ...] -> [B, ...]`."""
 
-    def __init__(self, flow: Flow, source: FlowSite | None = None) -> None:
+    def __init__(self, stream: Stream, source: StreamingSite | None = None) -> None:
         super().__init__()
-        self.flow, self.source = flow, (source,)
+        self.stream, self.source = stream, (source,)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.flow.dense:
+        if self.stream.dense:
             return x
-        value: Tensor = torch.tensordot(x.new_tensor(self.flow.weights), self.flow.split(x), dims=1)
+        value: Tensor = torch.tensordot(x.new_tensor(self.stream.weights), self.stream.split(x), dims=1)
         return value if self.source[0] is None else value * self.source[0].amplitude.to(x.dtype)

@@ -1,6 +1,6 @@
-"""A converted network on one clock, step by step, and as a network of another framework.
+"""A converted network time-stepped, step by step, and as a network of another framework.
 
-Inside `SpikingGraph` every window is aligned: T steps in, T steps out, silent steps drained inside. On a clock, the
+Inside `SpikingGraph` every window is aligned: T steps in, T steps out, silent steps drained inside. Time-stepped, the
 window of a layer begins when the silent steps of all layers before it are over, and a train that goes past layers
 waits in a delay line.
 """
@@ -16,16 +16,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from spikeplug.coding.types import Neuron, State
 from spikeplug.errors import ConversionError
-from spikeplug.types import Neuron, State
 
 from .network import SpikingGraph
-from .streaming import FLOWING, FlowLayer, FlowMaxPool, FlowSite, PooledInput, Readout, Rescale
+from .streaming import STREAMING, PooledInput, Readout, Rescale, StreamingLayer, StreamingMaxPool, StreamingSite
 
 
 @dataclasses.dataclass(frozen=True)
-class Clocked(Neuron):
-    """A neuron on the network's clock: it is still until step `start`, then takes `steps` steps of input and no more.
+class TimeStepped(Neuron):
+    """A neuron in the network's time: it is still until step `start`, then takes `steps` steps of input and no more.
 
     A bias gives current at all times; what comes outside of the window is not for this neuron. `window` is aligned,
     as it is of the neuron itself.
@@ -35,7 +35,7 @@ class Clocked(Neuron):
     start: int
     steps: int
 
-    name: ClassVar[str] = "clocked"
+    name: ClassVar[str] = "time-stepped"
 
     @property
     def latency(self) -> int:  # type: ignore[override]
@@ -119,20 +119,20 @@ class Scale(nn.Module):
         return x * self.factor.to(x.dtype)
 
 
-class ClockedNetwork(nn.Module):
+class SteppedNetwork(nn.Module):
     """A network of another framework's layers: called, it takes the spikes of one step and gives the result's currents.
 
     Attributes:
-        steps: T. delay: steps of the clock from the first spike in to the last current out, T and the silent steps.
+        steps: T. delay: time steps from the first spike in to the last current out, T and the silent steps.
     """
 
-    def __init__(self, layers: fx.GraphModule, image: FlowSite, readout: Readout, delay: int) -> None:
+    def __init__(self, layers: fx.GraphModule, image: StreamingSite, readout: Readout, delay: int) -> None:
         super().__init__()
         # Its layers are children of the network itself: some frameworks look for neurons no deeper.
         for name, child in layers.named_children():
             self.add_module(name, child)
         self._layers, self._image, self._readout = (layers,), (image,), (readout,)
-        self.steps, self.delay = image.flow.steps, delay
+        self.steps, self.delay = image.stream.steps, delay
 
     @property
     def layers(self) -> fx.GraphModule:
@@ -145,13 +145,13 @@ class ClockedNetwork(nn.Module):
         return site.encoder.encode(x, site.params())
 
     def ticks(self, x: Tensor) -> Iterator[Tensor]:
-        """What comes in at every step of the clock: T steps of spikes, then silence until the result is complete."""
+        """What comes in at every time step: T steps of spikes, then silence until the result is complete."""
         spikes = self.encode(x)
         yield from spikes
         yield from itertools.repeat(torch.zeros_like(spikes[0]), self.delay - self.steps)
 
     def decode(self, currents: Tensor) -> Tensor:
-        """Result `[B, ...]` of the currents of all steps of the clock, or of a window `[T, B, ...]`."""
+        """Result `[B, ...]` of the currents of all time steps, or of a window `[T, B, ...]`."""
         result: Tensor = self._readout[0](currents[-self.steps :].flatten(0, 1))
         return result
 
@@ -168,21 +168,21 @@ class ClockedNetwork(nn.Module):
 def network(
     model: nn.Module,
     wrap: Callable[[Neuron], nn.Module] = Stepped,
-    build: type[ClockedNetwork] = ClockedNetwork,
-) -> ClockedNetwork:
-    """A converted network whose trains flow, rebuilt of another framework's layers. Weights are copied.
+    build: type[SteppedNetwork] = SteppedNetwork,
+) -> SteppedNetwork:
+    """A converted network of a streaming code, rebuilt of another framework's layers. Weights are copied.
 
     Args:
         wrap: a neuron as a layer of that framework.
         build: the class of what is returned.
 
     Raises:
-        ConversionError: trains do not flow in this model.
+        ConversionError: trains do not stream in this model.
         CalibrationError: it is not calibrated.
     """
-    if not isinstance(model, SpikingGraph) or model.flow is None:
+    if not isinstance(model, SpikingGraph) or model.stream is None:
         raise ConversionError(
-            "only networks whose trains flow (recipes css, css-q) can be handed out as networks of neurons: other "
+            "only networks of streaming codes (recipes css, css-q) can be handed out as networks of neurons: other "
             "codes wait for whole windows"
         )
     return _Rebuilding(model, wrap).run(build)
@@ -192,15 +192,15 @@ class _Rebuilding:
     """Rebuilds a network of another framework's layers, one operation after the other."""
 
     def __init__(self, model: SpikingGraph, wrap: Callable[[Neuron], nn.Module]) -> None:
-        assert model.flow is not None
-        self.model, self.wrap, self.steps = model, wrap, model.flow.steps
+        assert model.stream is not None
+        self.model, self.wrap, self.steps = model, wrap, model.stream.steps
         self.graph, self.root = fx.Graph(), nn.Module()
         self.made: dict[fx.Node, fx.Node] = {}
         self.starts: dict[fx.Node, int] = {}
-        self.image: FlowSite | None = None
+        self.image: StreamingSite | None = None
         self.readout: Readout | None = None
 
-    def run(self, build: type[ClockedNetwork]) -> ClockedNetwork:
+    def run(self, build: type[SteppedNetwork]) -> SteppedNetwork:
         """The rebuilt network. Raises ConversionError."""
         for node in self.model.program.graph.nodes:
             if node.op == "output":
@@ -216,7 +216,7 @@ class _Rebuilding:
     def _result(self, node: fx.Node) -> fx.Node:
         results: Any = node.args[0]
         if len(results) != 1 or self.readout is None:
-            raise ConversionError("the network has several results: on a clock there is one")
+            raise ConversionError("the network has several results: time-stepped there is one")
         found: fx.Node = results[0]
         return found
 
@@ -226,15 +226,15 @@ class _Rebuilding:
         module = self.model.program.get_submodule(str(node.target)) if node.op == "call_module" else None
         if node.op == "placeholder":
             if any(each.op == "placeholder" for each in self.made):
-                raise ConversionError("the network has several inputs: on a clock there is one")
+                raise ConversionError("the network has several inputs: time-stepped there is one")
             self.made[node] = self.graph.placeholder("spikes")
-        elif isinstance(module, FlowSite) and module.encodes:
+        elif isinstance(module, StreamingSite) and module.encodes:
             self._code(node, module)
         elif isinstance(module, Readout):
             if any(user.op != "output" for user in node.users):
                 raise ConversionError(
                     f"'{node.meta['path']}' decodes spike trains within the network, which waits for whole windows: "
-                    "such a network has no clock"
+                    "such a network cannot be time-stepped"
                 )
             self.readout, self.made[node], self.starts[node] = module, self.made[trains[0]], start
         elif node.op == "get_attr" or trains or self._is_size(node):
@@ -243,7 +243,7 @@ class _Rebuilding:
     def _is_size(self, node: fx.Node) -> bool:
         return self.model.kinds[node.name].kind == "size"
 
-    def _code(self, node: fx.Node, module: FlowSite) -> None:
+    def _code(self, node: fx.Node, module: StreamingSite) -> None:
         before = node.args[0]
         if not isinstance(before, fx.Node) or before.op != "placeholder" or self.image is not None:
             raise ConversionError(
@@ -268,7 +268,7 @@ class _Rebuilding:
             self.root.add_module(node.name, _rebuilt(module, start, self.steps, self.wrap))
             self.made[node] = self.graph.call_module(node.name, tuple(inputs[each] for each in node.args))  # type: ignore[index]
         if trains:
-            self.starts[node] = start + (module.latency if isinstance(module, FlowSite) else 0)
+            self.starts[node] = start + (module.latency if isinstance(module, StreamingSite) else 0)
 
     def _delayed(self, node: fx.Node, by: int) -> fx.Node:
         if not by:
@@ -285,25 +285,25 @@ def _rebuilt(
     steps: int,
     wrap: Callable[[Neuron], nn.Module],
 ) -> nn.Module:
-    if isinstance(module, (FlowSite, FlowMaxPool)):
-        return wrap(Clocked(module.neuron, start, steps))
+    if isinstance(module, (StreamingSite, StreamingMaxPool)):
+        return wrap(TimeStepped(module.neuron, start, steps))
     if isinstance(module, Rescale):
         return Scale(module.factor)
-    if isinstance(module, FlowLayer):
+    if isinstance(module, StreamingLayer):
         return _plain(module)
     return copy.deepcopy(module)
 
 
-def _plain(module: FlowLayer) -> nn.Module:
+def _plain(module: StreamingLayer) -> nn.Module:
     """The dense layer with the absorbed weights."""
     with torch.no_grad():
         weight, bias = module.absorbed()
-    dense: Any = next(cls for cls, flowing in FLOWING.items() if flowing is type(module))
+    dense: Any = next(cls for cls, streaming in STREAMING.items() if streaming is type(module))
     plain = copy.copy(module)
     plain.__dict__ = {
         key: value
         for key, value in module.__dict__.items()
-        if key not in ("flow", "sites", "source", "feeds", "pooled", "_kept")
+        if key not in ("stream", "sites", "source", "feeds", "pooled", "_kept")
     }
     plain._parameters = {
         "weight": nn.Parameter(weight.detach().clone()),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from spikeplug.layers import channels_of, make_spiking
-from spikeplug.site import Site
+from spikeplug.coding.layers import channels_of, make_spiking
+from spikeplug.coding.site import Site
 
 from .draft import Draft
 from .operations import Kind

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spikeplug.coding.layers import SpikingLinear, make_spiking
+from spikeplug.coding.site import Site
+from spikeplug.coding.statistics import ActivationStats
+from spikeplug.coding.types import CodeParams, Encoder, Neuron
 from spikeplug.errors import NonFiniteError
-from spikeplug.layers import SpikingLinear, make_spiking
-from spikeplug.site import Site
-from spikeplug.stats import ActivationStats
 from spikeplug.testing.guard import Guarded
-from spikeplug.types import CodeParams, Encoder, Neuron
 
 CHANNELS = 6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikeplug.coding.types import Neuron
 from spikeplug.testing.guard import Guarded
-from spikeplug.types import Neuron
 
 
 class NeuronConformance(Guarded):

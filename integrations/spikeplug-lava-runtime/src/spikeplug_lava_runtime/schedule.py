@@ -42,7 +42,7 @@ class Schedule:
         return self.last + (samples - 1) * self.period
 
     def laid_out(self, spikes: Array, payload: list[int] | None, length: int) -> Array:
-        """Spikes `[T, B, ...]` of the input on the clock, with their payload, int32 `[length, N]`."""
+        """Spikes `[T, B, ...]` of the input in time steps, with their payload, int32 `[length, N]`."""
         steps, samples = spikes.shape[:2]
         flat = spikes.reshape(steps, samples, -1).astype(np.int32)
         if payload is not None:
@@ -54,7 +54,7 @@ class Schedule:
         return out
 
     def trains(self, fired: Array, name: str, length: int) -> Array:
-        """When each neuron of a population that fired `[T, B, ...]` spikes on the clock, bool `[length, N]`."""
+        """When each neuron of a population that fired `[T, B, ...]` spikes in time steps, bool `[length, N]`."""
         steps, samples = fired.shape[:2]
         flat = fired.reshape(steps, samples, -1) != 0
         out = np.zeros((length, flat.shape[2]), bool)

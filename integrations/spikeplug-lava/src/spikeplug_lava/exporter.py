@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.coding.listeners import Listener, listening
+from spikeplug.coding.site import Site, in_mode, sites
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.streaming import FlowSite
-from spikeplug.listeners import Listener, listening
-from spikeplug.site import Site, in_mode, sites
+from spikeplug.graph.streaming import StreamingSite
 from spikeplug_lava_runtime import Bundle, FormatError, save
 from spikeplug_lava_runtime.format import SPEC, STATE_LIMIT
 
@@ -212,11 +212,13 @@ def _watched(model: SpikingGraph, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     kept = {site: _Window() for site in sites(model).values()}
     with listening(kept):
         result = model(x)
-    names = _population_names(model) if model.flow is None else {}
+    names = _population_names(model) if model.stream is None else {}
     found = {}
     for site, each in kept.items():
         if each.spikes is not None:
-            name = "image" if isinstance(site, FlowSite) and site.kind == "image" else names.get(site.name, site.name)
+            name = (
+                "image" if isinstance(site, StreamingSite) and site.kind == "image" else names.get(site.name, site.name)
+            )
             found[name] = each.spikes
     return result, found
 

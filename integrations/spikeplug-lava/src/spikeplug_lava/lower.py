@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from spikeplug import ActivationStats, CodeParams, Encoder
+from spikeplug.coding.layers import SpikingLayer
+from spikeplug.coding.site import Site
 from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import ConversionError
 from spikeplug.graph.builder import affine
 from spikeplug.graph.capture import operands
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.streaming import FlowAffine, FlowLayer, FlowSite, Readout, Rescale
-from spikeplug.layers import SpikingLayer
-from spikeplug.site import Site
+from spikeplug.graph.streaming import Readout, Rescale, StreamingAffine, StreamingLayer, StreamingSite
 
 from .integer import unweighted
 from .populations import Edge, Population, Value
@@ -75,7 +75,7 @@ class _Lowering(Trace):
         inputs = [values[each] for each in node.all_input_nodes if each in values]
         if kind == "input":
             return Value(raw=True)
-        if isinstance(module, (FlowSite, FlowLayer, SpikingLayer, Site, Rescale, Readout)):
+        if isinstance(module, (StreamingSite, StreamingLayer, SpikingLayer, Site, Rescale, Readout)):
             return self._of_ours(node, module, inputs[0])
         if node.target is affine and not inputs[0].raw:
             scale, shift = (self.found[each].detach() for each in node.args[1:3])  # type: ignore[index]
@@ -105,12 +105,12 @@ class _Lowering(Trace):
 
     def _of_ours(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
         """What a module that a conversion put in makes of a value."""
-        if isinstance(module, FlowSite):
+        if isinstance(module, StreamingSite):
             return self._flow_site(node, module, value)
-        if isinstance(module, FlowLayer):
+        if isinstance(module, StreamingLayer):
             weight, bias = (None if each is None else each.detach() for each in module.absorbed())
             assert weight is not None
-            if isinstance(module, FlowAffine):
+            if isinstance(module, StreamingAffine):
                 weight, bias = self.by_channel(node, weight), None if bias is None else self.by_channel(node, bias)
             return self._weighted(node, module, value, weight, bias)
         if isinstance(module, SpikingLayer):
@@ -126,7 +126,7 @@ class _Lowering(Trace):
             return value if unit is None else self._scaled(value, float(unit.amplitude))
         raise AssertionError(type(module).__name__)
 
-    def _flow_site(self, node: fx.Node, site: FlowSite, value: Value) -> Value:
+    def _flow_site(self, node: fx.Node, site: StreamingSite, value: Value) -> Value:
         shape = self.shape(node)
         if site.kind == "image":
             population = Population("image", "input", shape, value, site.encoder, site.params())

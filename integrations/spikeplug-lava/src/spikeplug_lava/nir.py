@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.errors import BundleError, ConversionError
 from spikeplug.files import draft_of
 from spikeplug_lava_runtime import Bundle, FormatError

@@ -49,8 +49,8 @@ class Population:
         kind: `input`, `neurons` or `readout`.
         shape: without the batch.
         value: what it receives.
-        encoder, params: its code; of codes that flow the amplitude is in `params.scale`.
-        neuron: of codes that flow, its dynamics.
+        encoder, params: its code; of streaming codes the amplitude is in `params.scale`.
+        neuron: of streaming codes, its dynamics.
         activation: what the dense network has there.
         refitted: whether its code was fitted here, since the converted network decodes in that place.
     """
@@ -71,7 +71,7 @@ class Value:
     """What a node of the graph stands for: a sum over edges and a bias; and, on the way to its code, what follows.
 
     Attributes:
-        bias: broadcasts against the shape; of codes that flow the share of one step.
+        bias: broadcasts against the shape; of streaming codes the share of one step.
         raw: whether it is the network's input itself.
         activation: pending, with the path of its node; and operations behind it, and the factor of averages in them.
     """
@@ -85,7 +85,7 @@ class Value:
 
 
 def check_alike(populations: list[Population]) -> None:
-    """Refuse sites with options of their own: a network has one code on one clock. Raises ConversionError."""
+    """Refuse sites with options of their own: a network has one code and number of steps. Raises ConversionError."""
     first, neurons = populations[0].encoder, [each.neuron for each in populations if each.neuron is not None]
     assert first is not None
     for population in populations[1:]:

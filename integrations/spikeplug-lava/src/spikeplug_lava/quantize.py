@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.errors import ConversionError
 from spikeplug_lava_runtime.format import STATE_LIMIT, WEIGHT_LIMIT, Bundle
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from spikeplug.coding.site import in_mode
 from spikeplug.errors import ConversionError
 from spikeplug.graph.capture import operands
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.site import in_mode
 
 AVERAGES = ("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d")
 ADAPTIVE = ("aten.adaptive_avg_pool", "aten._adaptive_avg_pool")

@@ -10,8 +10,8 @@ import torch
 from snntorch._neurons.neurons import SpikingNeuron
 from torch import Tensor, nn
 
-from spikeplug.graph.timestepped import ClockedNetwork, network, tensors_of
-from spikeplug.types import Neuron
+from spikeplug.coding.types import Neuron
+from spikeplug.graph.timestepped import SteppedNetwork, network, tensors_of
 
 
 class SnnNeuron(snntorch.Leaky):
@@ -76,7 +76,7 @@ class SnnNeuron(snntorch.Leaky):
         return (spikes, self.mem) if self.output else spikes
 
 
-class SnnNetwork(ClockedNetwork):
+class SnnNetwork(SteppedNetwork):
     """A converted network of snnTorch neurons for the loop over time; skip connections have delay lines.
 
     `snntorch.utils.reset(net)` before each batch, then `net(step)` for every step of `net.ticks(images)`, and

@@ -13,8 +13,8 @@ from spikingjelly.activation_based.op_counter import BaseCounter
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.graph.timestepped import ClockedNetwork, network, tensors_of
-from spikeplug.types import Neuron
+from spikeplug.coding.types import Neuron
+from spikeplug.graph.timestepped import SteppedNetwork, network, tensors_of
 
 aten = torch.ops.aten
 
@@ -88,10 +88,10 @@ class FoldedNeuron(SJNeuron):
         return window.flatten(0, 1)
 
 
-class SJNetwork(ClockedNetwork, base.StepModule):
+class SJNetwork(SteppedNetwork, base.StepModule):
     """A converted network of SpikingJelly neurons; `functional.set_step_mode` and `reset_net` work on it.
 
-    In step mode `'s'` it takes one step of the clock; in `'m'` a window `[T, B, ...]`, and gives the currents of the
+    In step mode `'s'` it takes one time step; in `'m'` a window `[T, B, ...]`, and gives the currents of the
     result `[T, B, ...]`, for `decode`.
     """
 
@@ -125,7 +125,7 @@ class SpikingJelly:
 
     def network(self, model: nn.Module) -> SJNetwork:
         """A converted network, in step mode `'s'`. Raises as `spikeplug.graph.timestepped.network`."""
-        steps = getattr(getattr(model, "flow", None), "steps", 1)
+        steps = getattr(getattr(model, "stream", None), "steps", 1)
         built = network(model, lambda neuron: FoldedNeuron(neuron, steps), SJNetwork)
         assert isinstance(built, SJNetwork)
         return built
@@ -135,7 +135,7 @@ class SpikeplugRecipe(ModuleConversionRecipe):
     """A recipe of Spikeplug for SpikingJelly's `ModuleConverter(recipe).convert(ann)`, which then gives an SJNetwork.
 
     Args:
-        recipe: name of one whose trains flow: `css`.
+        recipe: name of one whose trains stream: `css`.
         calibration: batches of images.
         options: as of `spikeplug.convert`.
     """

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from spikeplug.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import WHOLE, LanguageArchitecture, Opened, Placement, Watch, unwatched
 from spikeplug.conversion.plan import Plan, Problem, refuse
 from spikeplug.conversion.sharing import shared_copy
 from spikeplug.errors import BundleError, CalibrationError, OptionError

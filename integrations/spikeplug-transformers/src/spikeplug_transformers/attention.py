@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from spikeplug.coding.site import Site
 from spikeplug.errors import ConversionError
 from spikeplug.graph.products import Operand, matrix_product_of
-from spikeplug.site import Site
 
 IMPLEMENTATION = "spikeplug"
 """Name of this attention in transformers' registry."""

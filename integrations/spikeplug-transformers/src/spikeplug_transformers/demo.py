@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from spikeplug.architecture import Opened, Watch
+    from spikeplug.conversion.architecture import Opened, Watch
 
 PROMPT = "Gravity is the force that"
 NEW_TOKENS = 32
@@ -116,10 +116,10 @@ class _Measure:
         self.architecture, self.calibration, self.test = architecture, calibration, test
         self.seqlen, self.tokens, self.calibrate_tokens = seqlen, tokens, calibrate_tokens
         self.watch: Watch = lambda stage, done, of: None
-        self.observed: dict[str, Any] = {}
+        self.statistics: dict[str, Any] = {}
 
     def __call__(self, dense: Opened, recipe: str | None) -> dict[str, Any]:
-        from spikeplug.architecture import Opened
+        from spikeplug.conversion.architecture import Opened
         from spikeplug.conversion.record import conversion_of
 
         opened, steps, code = dense, None, "floating point"
@@ -145,7 +145,7 @@ class _Measure:
     def _convert(self, opened: Opened, recipe: str) -> Any:
         """What `spikeplug.convert` does; recipes with the same sites share what was observed at them."""
         import spikeplug
-        from spikeplug.site import sites
+        from spikeplug.coding.site import sites
 
         config = spikeplug.ConversionConfig.resolve(recipe, {})
         batches = self.architecture.calibration(
@@ -154,12 +154,12 @@ class _Measure:
         model = spikeplug.prepare(opened.model, config, batches)
         watch = self._named(recipe)
         waiting = {name for name, site in sites(model).items() if site.static and site.observes}
-        if config.passes or not waiting <= set(self.observed):
+        if config.passes or not waiting <= set(self.statistics):
             found = spikeplug.observe(model, batches, watch=watch)
             if not config.passes:
-                self.observed.update(found)
+                self.statistics.update(found)
         else:
-            found = self.observed
+            found = self.statistics
         spikeplug.fit(model, found, watch=watch)
         return spikeplug.set_execution(model, config.execution)
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spikeplug.coding.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
+from spikeplug.coding.padding import real_positions
+from spikeplug.coding.site import Coder, Site
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion.plan import Problem, refuse
 from spikeplug.conversion.record import Conversion
-from spikeplug.coverage import ConversionReport, Op, dynamic_note, spiking_op
+from spikeplug.conversion.report import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
+from spikeplug.graph.nonlinear import approximate, within
 from spikeplug.graph.operations import labels_of
-from spikeplug.layers import CodedEmbedding, SpikingLayer, SpikingLinear, make_spiking
-from spikeplug.nonlinear import approximate, within
-from spikeplug.padding import real_positions
-from spikeplug.site import Coder, Site
 
 from . import FAMILY
 from .attention import DIVISION, OPERANDS, PREFIX, Softmax, refuse_other_attention

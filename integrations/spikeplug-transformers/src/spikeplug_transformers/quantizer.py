@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spikeplug.bundle import MANIFEST, read_manifest, verify
+from spikeplug.coding.layers import CodedEmbedding
+from spikeplug.coding.site import Coder, sites
+from spikeplug.coding.types import Recipe
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.bundle import MANIFEST, read_manifest, verify
 from spikeplug.conversion.record import conversion_of
 from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import CalibrationError, ConversionError
-from spikeplug.layers import CodedEmbedding
-from spikeplug.site import Coder, sites
-from spikeplug.types import Recipe
 
 from .attention import IMPLEMENTATION, PREFIX
 from .family import make_model_spiking, needs_our_attention

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import spikeplug
-from spikeplug.architecture import WHOLE, Opened, Placement
-from spikeplug.bundle import MANIFEST
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import WHOLE, Opened, Placement
+from spikeplug.conversion.bundle import MANIFEST
 from spikeplug.errors import BundleError, OptionError, SpikeplugError
 
 from .quantizer import SpikeConfig

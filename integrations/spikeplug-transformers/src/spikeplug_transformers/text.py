@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikeplug.architecture import Opened, Watch
+from spikeplug.coding.site import Coder
+from spikeplug.conversion.architecture import Opened, Watch
 from spikeplug.conversion.record import conversion_of
-from spikeplug.conversion.verbs import count_spikes, report
-from spikeplug.costs import charge
+from spikeplug.conversion.verbs import report
 from spikeplug.errors import NonFiniteError, OptionError
-from spikeplug.site import Coder
+from spikeplug.measure.counting import count_spikes
+from spikeplug.measure.energy import charge
 
 
 def tokenize(opened: Opened, text: Path) -> tuple[Tensor, dict[str, Any]]:

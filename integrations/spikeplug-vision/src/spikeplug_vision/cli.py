@@ -18,7 +18,7 @@ def diagnose_command(
     count: Annotated[int, typer.Option(help="Images to run.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
-    """Say where an image network loses what: site by site, beside its dense twin."""
+    """Say where an image network loses what: site by site, beside its dense counterpart."""
     from spikeplug_vision.images import Vision
 
     if count < 1:

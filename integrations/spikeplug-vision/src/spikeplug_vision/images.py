@@ -14,18 +14,19 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 import spikeplug
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.coding.site import in_mode
 from spikeplug.config import ConversionConfig
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.conversion.networks import Networks
 from spikeplug.conversion.plan import Plan
 from spikeplug.conversion.record import Conversion
-from spikeplug.conversion.verbs import SpikeCounts, architecture_of, refuse_target
-from spikeplug.costs import charge
-from spikeplug.diagnosis import Diagnosis
+from spikeplug.conversion.verbs import architecture_of, refuse_target
 from spikeplug.errors import BundleError, ConversionError, OptionError
 from spikeplug.graph.network import SpikingGraph
+from spikeplug.measure.counting import SpikeCounts
+from spikeplug.measure.diagnosis import Diagnosis
+from spikeplug.measure.energy import charge
 from spikeplug.plugins import get_class
-from spikeplug.site import in_mode
 
 from .models import open_model
 
@@ -161,7 +162,7 @@ class Vision(Networks):
         *,
         weights: Path | None,
         count: int,
-        observed: Path | None,
+        statistics: Path | None,
         watch: Watch = unwatched,
     ) -> nn.Module:
         """Open, convert and calibrate a network. Raises SpikeplugError."""
@@ -171,7 +172,7 @@ class Vision(Networks):
         refuse_target(recipe, architecture_of(dense))
         preprocess = preprocess_of(dense)
         batches = list(Images(images, preprocess, train=True, count=count).batches())
-        model = spikeplug.convert(dense, config, calibration=batches, observed=observed, watch=watch)
+        model = spikeplug.convert(dense, config, calibration=batches, statistics=statistics, watch=watch)
         assert isinstance(model.conversion, Conversion)
         model.conversion.origin = {"model": source, "preprocess": dict(preprocess)}
         return model
@@ -181,7 +182,7 @@ class Vision(Networks):
         return Images(path, preprocess_of(model), count=count)
 
     def diagnose(self, source: str, path: Path, count: int) -> list[Diagnosis]:
-        """Every site of a converted network beside its dense twin. Raises SpikeplugError."""
+        """Every site of a converted network beside its dense counterpart. Raises SpikeplugError."""
         model = self.open(source)
         found: list[Diagnosis] = spikeplug.diagnose(model, self.images(path, model, count).batches(4))
         return found
@@ -197,7 +198,7 @@ class Vision(Networks):
         batch: int = BATCH,
         watch: Watch = unwatched,
     ) -> dict[str, Any]:
-        """Accuracy of a network, and of a spiking one beside its dense twin's on the same images.
+        """Accuracy of a network, and of a spiking one beside its dense counterpart's on the same images.
 
         Args:
             framework: `torch`, or one whose plugin is installed, in which the converted network then runs.

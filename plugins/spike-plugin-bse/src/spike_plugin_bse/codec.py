@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spikeplug.padding import real_elements
-from spikeplug.site import Coder
-from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, impulse
+from spikeplug.coding.padding import real_elements
+from spikeplug.coding.site import Coder
+from spikeplug.coding.statistics import ActivationStats, require_finite
+from spikeplug.coding.types import CodeParams, impulse
 
 from .asnc import Table, fit, patterns
 from .encoder import BSE

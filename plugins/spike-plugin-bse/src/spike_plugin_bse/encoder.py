@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spikeplug.coding.rate import check_percentile, check_steps
+from spikeplug.coding.statistics import ActivationStats, require_finite
+from spikeplug.coding.types import CodeParams, Encoder, impulse, straight_through
 from spikeplug.errors import CalibrationError, OptionError
-from spikeplug.rate import check_percentile, check_steps
-from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, Encoder, impulse, straight_through
 
 MAX_STEPS = 32
 GRANULARITIES = ("tensor", "channel", "token")

@@ -9,8 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from spikeplug.rate import check_steps
-from spikeplug.types import CodeParams, Neuron
+from spikeplug.coding.rate import check_steps
+from spikeplug.coding.types import CodeParams, Neuron
 
 from .asnc import schedule
 from .encoder import BSE, MAX_STEPS

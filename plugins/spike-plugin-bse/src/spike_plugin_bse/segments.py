@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from spikeplug.coding.rate import check_steps
 from spikeplug.errors import CalibrationError, OptionError
-from spikeplug.rate import check_steps
 
 from .encoder import MAX_STEPS
 

@@ -15,13 +15,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from spikeplug.architecture import Watch, unwatched
-from spikeplug.bundle import read_manifest, verify, write_folder
+from spikeplug.coding.site import evaluating
+from spikeplug.conversion.architecture import Watch, unwatched
+from spikeplug.conversion.bundle import read_manifest, verify, write_folder
 from spikeplug.conversion.record import conversion_of
 from spikeplug.conversion.sharing import own
 from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import BundleError, NonFiniteError, OptionError
-from spikeplug.site import evaluating
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 STATE, PROGRESS = "state.safetensors", "progress.json"

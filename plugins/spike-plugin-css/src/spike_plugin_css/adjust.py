@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.coding.listeners import Listener, listening
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import OptionError
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.streaming import FlowSite
-from spikeplug.listeners import Listener, listening
+from spikeplug.graph.streaming import StreamingSite
 
 from .encoder import CSS
 
@@ -52,7 +52,7 @@ class Adjust:
         """
         if checkpoint is not None:
             raise OptionError("the trainer css-adjust takes seconds and keeps no checkpoint: leave it out")
-        if not isinstance(model, SpikingGraph) or model.flow is None:
+        if not isinstance(model, SpikingGraph) or model.stream is None:
             raise OptionError("the trainer css-adjust adjusts networks converted by 'css'")
         growth = []
         for turn in range(self.rounds):
@@ -67,10 +67,10 @@ class Adjust:
             growth.append(largest)
         return growth
 
-    def _left(self, model: SpikingGraph, batches: Sequence[Any]) -> dict[FlowSite, float]:
+    def _left(self, model: SpikingGraph, batches: Sequence[Any]) -> dict[StreamingSite, float]:
         """Percentile of the potential left at every site, in amplitudes; the largest of all batches."""
-        assert model.flow is not None
-        found: dict[Any, _Left] = {site: _Left(self.percentile) for site in model.flow.sites if not site.encodes}
+        assert model.stream is not None
+        found: dict[Any, _Left] = {site: _Left(self.percentile) for site in model.stream.sites if not site.encodes}
         with torch.no_grad(), listening(found):
             for batch in batches:
                 architecture_of(model).feed(model, batch)

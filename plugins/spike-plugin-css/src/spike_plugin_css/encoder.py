@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spikeplug.coding.rate import check_percentile, check_steps
+from spikeplug.coding.statistics import ActivationStats, require_finite
+from spikeplug.coding.types import CodeParams, Encoder, impulse
 from spikeplug.errors import CalibrationError, OptionError
-from spikeplug.rate import check_percentile, check_steps
-from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, Encoder, impulse
 
 from .neuron import check_beta, ternary
 
@@ -43,7 +43,7 @@ class CSS(Encoder):
 
     name: ClassVar[str] = "css"
     signed: ClassVar[bool] = True
-    flows: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_steps(self.steps, MAX_STEPS)

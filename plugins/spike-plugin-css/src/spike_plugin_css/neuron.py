@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from spikeplug.coding.types import Neuron
 from spikeplug.errors import OptionError
-from spikeplug.types import Neuron
 
 
 def check_beta(beta: float) -> None:

@@ -21,5 +21,5 @@ def _recipe(name: str, summary: str, **options: Any) -> Recipe:
     )
 
 
-CSS = _recipe("css", "canonic signed spikes, whole trains flow through a CNN, T = 12", steps=12, beta=1.5)
+CSS = _recipe("css", "canonic signed spikes, whole trains stream through a CNN, T = 12", steps=12, beta=1.5)
 CSS_Q = _recipe("css-q", "the same with β = 2, whose values are even, for quantized networks", steps=8, beta=2.0)

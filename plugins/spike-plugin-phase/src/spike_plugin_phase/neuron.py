@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from spikeplug.coding.types import CodeParams, Neuron
 from spikeplug.errors import OptionError
-from spikeplug.types import CodeParams, Neuron
 
 
 class PhaseState(NamedTuple):

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from spikeplug.architecture import Watch, unwatched
+from spikeplug.coding.site import Site, sites
+from spikeplug.coding.statistics import ActivationStats
+from spikeplug.coding.types import CodeParams
+from spikeplug.conversion.architecture import Watch, unwatched
 from spikeplug.conversion.record import conversion_of
 from spikeplug.conversion.verbs import observe
 from spikeplug.errors import CalibrationError, OptionError, indexed
-from spikeplug.site import Site, sites
-from spikeplug.stats import ActivationStats
-from spikeplug.types import CodeParams
 
 from .encoder import Learning, Phase, even
 
@@ -281,19 +281,19 @@ class MGPC(Learning):
         }
         if not found or config.encoder != Phase.name:
             raise OptionError(f"the model is coded by '{config.encoder}': the trainer mgpc learns 'phase'")
-        observed = observe(model, batches, watch=watch)
+        statistics = observe(model, batches, watch=watch)
         options = dataclasses.asdict(self)
         losses = []
         for code in {cast(Phase, site.encoder) for site in found.values()}:
             names = [name for name, site in found.items() if site.encoder == code]
             new = dataclasses.replace(code, **options)
             try:
-                params, learned = learn_all(new, [observed[name] for name in names], watch)
+                params, learned = learn_all(new, [statistics[name] for name in names], watch)
             except CalibrationError as error:
                 raise CalibrationError(f"site '{found[names[error.index or 0]].name}': {error}") from None
             for name, p in zip(names, params, strict=True):
                 found[name].encoder = new
-                found[name].set_params({key: tensor.to(observed[name].device) for key, tensor in p.tensors().items()})
+                found[name].set_params({key: tensor.to(statistics[name].device) for key, tensor in p.tensors().items()})
             losses += [each.losses for each in learned]
         learned_config = config.model_copy(update={"encoder_options": {**config.encoder_options, **options}})
         conversion_of(model).config = learned_config

@@ -20,7 +20,7 @@ def explain_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:
     """Say site by site how large the error of a first-spike code can be, and what number of steps makes it small."""
-    from spikeplug.bundle import load
+    from spikeplug.conversion.bundle import load
 
     from .explain import explain
 

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import nn
 
+from spikeplug.coding.site import Site, sites
+from spikeplug.coding.types import CodeParams
 from spikeplug.errors import ConversionError, OptionError
-from spikeplug.site import Site, sites
-from spikeplug.types import CodeParams
 
 from .encoder import MAX_STEPS, TTFS
 

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spikeplug.coding.padding import without_padding
+from spikeplug.coding.site import Coder
+from spikeplug.coding.statistics import ActivationStats, require_finite
+from spikeplug.coding.types import straight_through
 from spikeplug.errors import CalibrationError, OptionError, listed
-from spikeplug.padding import without_padding
-from spikeplug.site import Coder
-from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import straight_through
 
 POINTWISE = {"silu": 1.0999, "swish": 1.0999, "gelu": 1.1290, "gelu_pytorch_tanh": 1.1290, "relu": 1.0, "sigmoid": 0.25}
 """Operations on one number, and the largest slope of each."""

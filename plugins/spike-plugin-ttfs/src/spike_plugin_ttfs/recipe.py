@@ -13,7 +13,7 @@ def _recipe(name: str, summary: str, encoder: str = "ttfs", **more: Any) -> Reci
 
 TTFS = _recipe("ttfs", "time to first spike, one code for each of T steps", encoder_options={"clip": "mse"})
 CONTINUOUS = _recipe(
-    "ttfs-continuous", "continuous time to first spike on a clock of T ticks, the baseline", "ttfs-continuous"
+    "ttfs-continuous", "continuous time to first spike in T time steps, the baseline", "ttfs-continuous"
 )
 QC_A2S = _recipe(
     "qc-a2s",

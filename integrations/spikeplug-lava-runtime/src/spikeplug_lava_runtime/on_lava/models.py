@@ -37,7 +37,7 @@ class PopulationModel(PyLoihiProcessModel):
         self.rectify = proc_params.get("rectify", False)
 
     def run_spk(self) -> None:
-        """One step of the clock."""
+        """One time step."""
         z = self.a_in.recv().astype(np.int64)
         now = self.time_step - 1 - self.first
         self.s_out.send(self.silence() if now < 0 else self.advance(now, z).astype(np.int32))
@@ -274,7 +274,7 @@ class DelayModel(PyLoihiProcessModel):
     line: Array = State
 
     def run_spk(self) -> None:
-        """One step of the clock."""
+        """One time step."""
         place = (self.time_step - 1) % len(self.line)
         out = self.line[place].copy()
         self.line[place] = self.a_in.recv()
@@ -291,7 +291,7 @@ class RecorderModel(PyLoihiProcessModel):
     seen: Array = LavaPyType(np.ndarray, np.int32, precision=32)
 
     def run_spk(self) -> None:
-        """One step of the clock."""
+        """One time step."""
         self.seen[self.time_step - 1] = self.a_in.recv()
         if self.time_step == len(self.seen):
             np.save(self.proc_params["path"], self.seen)

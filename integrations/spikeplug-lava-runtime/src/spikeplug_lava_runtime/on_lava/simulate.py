@@ -22,7 +22,7 @@ MESSAGE_BITS = {"css": 8, "rate": 8, "phase": 16, "bse": 0, "ttfs": 0}
 
 
 def run_on_lava(bundle: Bundle, spikes: Array, *, message_bits: int | None = None, shift: int = 0) -> Result:
-    """Run a network on the spikes `[T, B, ...]` of its input, samples one after the other on one clock.
+    """Run a network on the spikes `[T, B, ...]` of its input, samples one after the other time-stepped.
 
     Args:
         message_bits, shift: to see that a wrong one is found: other bits of messages than the code needs, and steps

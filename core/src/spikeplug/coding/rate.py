@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from spikeplug.errors import OptionError
-from spikeplug.stats import ActivationStats, require_finite
-from spikeplug.types import CodeParams, Encoder, Neuron, Recipe, State, straight_through
+
+from .statistics import ActivationStats, require_finite
+from .types import CodeParams, Encoder, Neuron, Recipe, State, straight_through
 
 MAX_STEPS = 4096
 

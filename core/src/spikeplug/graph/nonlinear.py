@@ -10,9 +10,10 @@ from torch import Tensor, fx, nn
 
 from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError, listed, nearest
-from spikeplug.graph.capture import operands
-from spikeplug.graph.draft import Draft
-from spikeplug.graph.operations import labels_of
+
+from .capture import operands
+from .draft import Draft
+from .operations import labels_of
 
 OPS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",

@@ -17,7 +17,7 @@ from torch import Tensor
 from spikeplug.errors import OptionError, indexed
 
 if TYPE_CHECKING:
-    from spikeplug.stats import ActivationStats
+    from .statistics import ActivationStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Encoder(ABC):
     """Whether spikes may be -1."""
     collapsible: ClassVar[bool] = True
     """Whether `fused(x)` equals `decode(encode(x))` exactly."""
-    flows: ClassVar[bool] = False
-    """Whether whole trains flow through a network: every site has the weights d(t), which do not depend on parameters,
+    streams: ClassVar[bool] = False
+    """Whether whole trains stream through a network: every site has the weights d(t), which depend on no parameters,
     and the recipe's neuron turns the currents of one site into the spikes of the next. Such a code runs stepped only.
     """
     steps: int
@@ -164,7 +164,7 @@ class Neuron(ABC):
         return self
 
     def activated(self, op: str, top: float = float("inf"), steps: int = 0) -> Neuron:
-        """The neuron whose accumulated input passes an activation before it fires, for codes that flow.
+        """The neuron whose accumulated input passes an activation before it fires, for streaming codes.
 
         Args:
             op: `identity`, `relu`, or `clip` (to 0 .. `top`).
@@ -215,7 +215,7 @@ class Neuron(ABC):
 
 @runtime_checkable
 class Approximator(Protocol):
-    """Stands in for nonlinear operations (`silu`, `gelu`, `softmax`, `rmsnorm`, ...). A frozen dataclass of options."""
+    """Replaces nonlinear operations (`silu`, `gelu`, `softmax`, `rmsnorm`, ...). A frozen dataclass of options."""
 
     name: ClassVar[str]
     static: ClassVar[bool]
@@ -224,7 +224,7 @@ class Approximator(Protocol):
     def build(self, op: str, original: torch.nn.Module, name: str) -> torch.nn.Module:
         """What is called in the place of `original`, a module of the network of that name, with its signature.
 
-        What fires spikes or is fitted in it is a `spikeplug.site.Coder`. `original` itself stands for: left exact.
+        What fires spikes or is fitted in it is a `spikeplug.coding.site.Coder`. `original` itself means: left exact.
 
         Raises:
             OptionError: there is no form of this operation.
@@ -269,7 +269,7 @@ class Trainer(Protocol):
         Args:
             batches: as `Architecture.loss` takes them.
             checkpoint: folder to keep the state in, and to go on from where it exists.
-            watch: a `spikeplug.architecture.Watch`.
+            watch: a `spikeplug.conversion.architecture.Watch`.
         """
 
 
@@ -286,7 +286,7 @@ class Exporter(Protocol):
 
         Args:
             samples: batches of inputs, or pairs of inputs and labels: what ranges and accuracy are measured on.
-            watch: a `spikeplug.architecture.Watch`.
+            watch: a `spikeplug.conversion.architecture.Watch`.
 
         Raises:
             ConversionError: a part of the model has no form in that format; the message names it.
@@ -304,10 +304,10 @@ class Framework(Protocol):
         """The neuron as a layer of that framework."""
 
     def network(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A converted model whose trains flow as a network of that framework, a `spikeplug.clock.ClockedNetwork`.
+        """A converted model of a streaming code as a `spikeplug.graph.timestepped.SteppedNetwork` of that framework.
 
         Raises:
-            ConversionError: its trains do not flow.
+            ConversionError: its trains do not stream.
         """
 
 

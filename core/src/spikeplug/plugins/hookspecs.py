@@ -42,22 +42,22 @@ def spikeplug_approximators() -> dict[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def spikeplug_passes() -> dict[str, str]:  # type: ignore[empty-body]
-    """Rewrites before conversion that keep the function: classes with `apply(model)`, as `spikeplug.types.Pass`."""
+    """Rewrites before conversion that keep the function: classes with `apply(model)`, `spikeplug.coding.types.Pass`."""
 
 
 @hookspec
 def spikeplug_trainers() -> dict[str, str]:  # type: ignore[empty-body]
-    """Trainers of a converted model: classes with one verb, as `spikeplug.types.Trainer`."""
+    """Trainers of a converted model: classes with one verb, as `spikeplug.coding.types.Trainer`."""
 
 
 @hookspec
 def spikeplug_exporters() -> dict[str, str]:  # type: ignore[empty-body]
-    """Exporters of a converted model: classes with one verb, as `spikeplug.types.Exporter`."""
+    """Exporters of a converted model: classes with one verb, as `spikeplug.coding.types.Exporter`."""
 
 
 @hookspec
 def spikeplug_frameworks() -> dict[str, str]:  # type: ignore[empty-body]
-    """Other spiking frameworks: classes with one verb, as `spikeplug.types.Framework`."""
+    """Other spiking frameworks: classes with one verb, as `spikeplug.coding.types.Framework`."""
 
 
 @hookspec

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikeplug.conversion.verbs import SpikeCounts, architecture_of, count_spikes, report
-from spikeplug.coverage import Op
+from spikeplug.coding.listeners import SpikeCount
+from spikeplug.coding.site import Site, sites
+from spikeplug.conversion.report import Op
+from spikeplug.conversion.verbs import architecture_of, report
 from spikeplug.errors import CalibrationError, OptionError, listed, nearest
-from spikeplug.graph.streaming import FlowSite
-from spikeplug.listeners import SpikeCount
-from spikeplug.site import Site, sites
+from spikeplug.graph.streaming import StreamingSite
+
+from .counting import SpikeCounts, count_spikes
 
 DEFAULT = "45 nm"
 
@@ -225,7 +227,9 @@ def charge(model: nn.Module, counts: SpikeCounts, units: int, costs: CostModel |
     if any(op.macs is None for op in found.ops):
         raise CalibrationError("the MACs of the model are not known: calibrate it first")
     fired = {name: count for name, count in counts.by_site.items() if count.neurons}
-    coded = {name: site for name, site in sites(model).items() if name in fired and isinstance(site, (Site, FlowSite))}
+    coded = {
+        name: site for name, site in sites(model).items() if name in fired and isinstance(site, (Site, StreamingSite))
+    }
     of_sites = tuple(
         SiteEnergy(
             name,

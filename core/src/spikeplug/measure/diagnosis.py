@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikeplug.coding.listeners import Listener, listening
+from spikeplug.coding.site import Coder, Site, in_mode, sites
 from spikeplug.conversion.verbs import architecture_of
 from spikeplug.errors import CalibrationError, ConversionError
 from spikeplug.graph.network import SpikingGraph
-from spikeplug.graph.streaming import FlowSite
-from spikeplug.listeners import Listener, listening
-from spikeplug.site import Coder, Site, in_mode, sites
+from spikeplug.graph.streaming import StreamingSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class _Sums(Listener):
         self.dense.append(x)
 
     def window(self, coder: Any, x: Tensor, spikes: Tensor) -> None:
-        if isinstance(coder, FlowSite):
-            d = torch.tensor(coder.flow.weights, dtype=spikes.dtype, device=spikes.device)
+        if isinstance(coder, StreamingSite):
+            d = torch.tensor(coder.stream.weights, dtype=spikes.dtype, device=spikes.device)
             value = torch.tensordot(d, spikes, dims=1) * coder.amplitude
             if not coder.encodes:
                 left = coder.residual(x).abs().flatten()
@@ -85,7 +85,9 @@ def diagnose(model: nn.Module, batches: Iterable[Any]) -> list[Diagnosis]:
     if not isinstance(model, SpikingGraph):
         sites(model)
         raise ConversionError(f"{type(model).__name__} was not captured as a graph: only such networks are diagnosed")
-    found: dict[Any, _Sums] = {site: _Sums() for site in sites(model).values() if isinstance(site, (Site, FlowSite))}
+    found: dict[Any, _Sums] = {
+        site: _Sums() for site in sites(model).values() if isinstance(site, (Site, StreamingSite))
+    }
     architecture, seen = architecture_of(model), False
     with torch.no_grad(), listening(found):
         for batch in batches:
@@ -98,7 +100,7 @@ def diagnose(model: nn.Module, batches: Iterable[Any]) -> list[Diagnosis]:
     return [_row(site, sums) for site, sums in found.items()]
 
 
-def _row(site: Site | FlowSite, sums: _Sums) -> Diagnosis:
+def _row(site: Site | StreamingSite, sums: _Sums) -> Diagnosis:
     left = torch.cat(sums.left) if sums.left else None
     fired = sums.spikes or 1.0
     return Diagnosis(

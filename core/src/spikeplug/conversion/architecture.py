@@ -16,7 +16,7 @@ from spikeplug.config import ConversionConfig
 from spikeplug.errors import OptionError
 
 if TYPE_CHECKING:
-    from spikeplug.conversion.plan import Plan
+    from .plan import Plan
 
 Watch = Callable[[str, int, int | None], None]
 """Follows long work: the stage, how much of it is done, and of how much, where that is known."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spikeplug.padding import without_padding
-from spikeplug.stats import Observer
+from .padding import without_padding
+from .statistics import Observer
 
 if TYPE_CHECKING:
-    from spikeplug.site import Coder
+    from .site import Coder
 
 
 class Listener:

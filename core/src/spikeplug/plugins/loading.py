@@ -24,9 +24,10 @@ from typing import Any
 
 import pluggy
 
-from spikeplug import builtin, hookspecs
 from spikeplug.errors import OptionError, PluginError, UnknownNameError, listed, nearest
-from spikeplug.hookspecs import API_VERSION, PROJECT
+
+from . import builtin, hookspecs
+from .hookspecs import API_VERSION, PROJECT
 
 KINDS = {
     "encoder": "spikeplug_encoders",
@@ -126,7 +127,7 @@ def _misfit(kind: str, found: object) -> str | None:
     if kind == "command":
         return None if callable(found) else f"{found!r}, which cannot be called"
     if kind == "recipe":
-        from spikeplug.types import Recipe
+        from spikeplug.coding.types import Recipe
 
         return None if isinstance(found, Recipe) else f"{found!r}, no Recipe"
     if kind == "operation":
@@ -137,8 +138,8 @@ def _misfit(kind: str, found: object) -> str | None:
         return f"{found!r}, no class"
     if kind not in ("encoder", "neuron", "architecture"):
         return None
-    home = importlib.import_module("spikeplug.architecture" if kind == "architecture" else "spikeplug.types")
-    base = getattr(home, kind.capitalize())
+    home = "spikeplug.conversion.architecture" if kind == "architecture" else "spikeplug.coding.types"
+    base = getattr(importlib.import_module(home), kind.capitalize())
     return None if issubclass(found, base) else f"a class that is no {base.__name__}"
 
 

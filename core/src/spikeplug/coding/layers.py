@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikeplug.errors import ConversionError
-from spikeplug.site import Site
-from spikeplug.types import CodeParams
+
+from .site import Site
+from .types import CodeParams
 
 
 class SpikingLayer(nn.Module):

@@ -16,11 +16,12 @@ from torch import nn
 
 import spikeplug
 from spikeplug import plugins
+from spikeplug.coding.site import sites
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion.record import conversion_of, refuse_replaced
-from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import BundleError, CalibrationError
-from spikeplug.site import sites
+
+from .record import conversion_of, refuse_replaced
+from .verbs import set_execution
 
 MANIFEST = "spikeplug.json"
 FORMAT = 2

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from spikeplug.graph.table import CORE
-from spikeplug.hookspecs import API_VERSION, hookimpl
+
+from .hookspecs import API_VERSION, hookimpl
 
 spikeplug_api = API_VERSION
 
 
 @hookimpl
 def spikeplug_encoders() -> dict[str, str]:
-    return {"rate": "spikeplug.rate:Rate"}
+    return {"rate": "spikeplug.coding.rate:Rate"}
 
 
 @hookimpl
 def spikeplug_neurons() -> dict[str, str]:
-    return {"if": "spikeplug.rate:IF"}
+    return {"if": "spikeplug.coding.rate:IF"}
 
 
 @hookimpl
 def spikeplug_approximators() -> dict[str, str]:
-    return {"exact": "spikeplug.nonlinear:Exact"}
+    return {"exact": "spikeplug.graph.nonlinear:Exact"}
 
 
 @hookimpl
@@ -30,7 +31,7 @@ def spikeplug_operations() -> dict[str, str]:
 
 @hookimpl
 def spikeplug_recipes() -> dict[str, str]:
-    return {"rate": "spikeplug.rate:RECIPE"}
+    return {"rate": "spikeplug.coding.rate:RECIPE"}
 
 
 @hookimpl

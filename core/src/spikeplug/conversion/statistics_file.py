@@ -17,22 +17,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from spikeplug.coding.site import Coder
+from spikeplug.coding.statistics import ActivationStats
 from spikeplug.config import ConversionConfig
-from spikeplug.conversion.record import conversion_of
 from spikeplug.errors import BundleError, CalibrationError
 from spikeplug.files import draft_of
-from spikeplug.site import Coder
-from spikeplug.stats import ActivationStats
+
+from .record import conversion_of
 
 FORMAT = 1
-KEY = "spikeplug_observed"
+KEY = "spikeplug_statistics"
 TENSORS = ("low", "high", "values", "rows")
 PROBE = 1024
 """Values of every parameter that the fingerprint of a model reads."""
 
 
-def save_observed(
-    observed: Mapping[str, ActivationStats],
+def save_statistics(
+    statistics: Mapping[str, ActivationStats],
     path: str | os.PathLike[str],
     model: nn.Module,
     batches: Iterable[Any] = (),
@@ -45,9 +46,9 @@ def save_observed(
     Raises:
         BundleError: the file cannot be written.
     """
-    named = ((f"{site}/{name}", getattr(stats, name)) for site, stats in observed.items() for name in TENSORS)
+    named = ((f"{site}/{name}", getattr(stats, name)) for site, stats in statistics.items() for name in TENSORS)
     tensors = {name: tensor.contiguous() for name, tensor in named}
-    counts = {site: stats.count for site, stats in observed.items()}
+    counts = {site: stats.count for site, stats in statistics.items()}
     metadata = {KEY: json.dumps({"format": FORMAT, **_identity(model, batches), "counts": counts})}
     target = Path(os.path.abspath(path))
     try:
@@ -57,10 +58,10 @@ def save_observed(
         raise BundleError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def load_observed(
+def load_statistics(
     path: str | os.PathLike[str], model: nn.Module, batches: Iterable[Any] = ()
 ) -> dict[str, ActivationStats]:
-    """Read what `save_observed` wrote, for the same model after the same passes, on the same batches.
+    """Read what `save_statistics` wrote, for the same model after the same passes, on the same batches.
 
     Raises:
         BundleError: the file is not there, damaged, none of ours, or newer than this release.
@@ -71,7 +72,7 @@ def load_observed(
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get(KEY, "null"))
             if said is None:
-                raise BundleError(f"{path} holds no observed activations: `save_observed` did not write it")
+                raise BundleError(f"{path} holds no calibration statistics: `save_statistics` did not write it")
             if said["format"] > FORMAT:
                 raise BundleError(f"{path} was written by a later spikeplug: install that one")
             _compare(path, said, _identity(model, batches))
@@ -97,7 +98,7 @@ def _identity(model: nn.Module, batches: Iterable[Any]) -> dict[str, Any]:
 
 
 def _approximations(config: ConversionConfig) -> str:
-    """What stands in for operations while sites are observed, and where: sites behind it see what it gives."""
+    """What replaces operations while sites are observed, and where: sites behind it see what it gives."""
     built = {name: each for name, each in config.build_approximators().items() if name != "exact"}
     return json.dumps([config.approximators, repr(built), config.include, config.exclude]) if built else "exact"
 

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
-from spikeplug.types import Encoder
+from spikeplug.coding.types import Encoder
 
 ROLES = {
     "spiking": "weighted layer on spikes: accumulates (AC) in place of multiply-accumulates (MAC)",

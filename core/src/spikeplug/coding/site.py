@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from spikeplug.errors import CalibrationError, ConversionError, NonFiniteError, indexed
-from spikeplug.listeners import Listener, recomputing
-from spikeplug.padding import without_padding
-from spikeplug.stats import ActivationStats
-from spikeplug.types import CodeParams, Encoder, Neuron, straight_through
+
+from .listeners import Listener, recomputing
+from .padding import without_padding
+from .statistics import ActivationStats
+from .types import CodeParams, Encoder, Neuron, straight_through
 
 Execution = Literal["fused", "stepped"]
 Mode = Literal["dense", "fused", "stepped"]
@@ -145,8 +146,8 @@ class Site(Coder):
     ) -> None:
         super().__init__(name, channels)
         self.kind, self.encoder, self.consumers = kind, encoder, consumers
-        # The neuron of a code that flows answers currents, not activations; here the code makes its own spikes.
-        self.neuron = None if encoder.flows else neuron
+        # The neuron of a streaming code answers currents, not activations; here the code makes its own spikes.
+        self.neuron = None if encoder.streams else neuron
 
     @property
     def steps_now(self) -> bool:

@@ -1,0 +1,1 @@
+"""Numbers to spikes and back: codes and neurons, and the modules of a network in which that happens."""
