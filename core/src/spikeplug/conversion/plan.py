@@ -28,7 +28,7 @@ from spikeplug.graph.windows import labels_of_operand, operand_kinds, place_wind
 from .record import Conversion
 from .report import ConversionReport, Op, dynamic_note
 
-ON_POTENTIAL = "computed on the accumulated input of the neurons behind it"
+ABSORBED = "absorbed into the next layer's neurons"
 HIDDEN = (*STRUCTURAL, "value")
 """Kinds of nodes that no report lists."""
 
@@ -293,7 +293,7 @@ def _row(
         return Op(path, kind.type, "dense", count, note=note)
     if network.stream is not None:
         return Op(path, kind.type, "neuron" if kind.kind == "maxpool" else "coded", 0)
-    return Op(path, kind.type, "neuron", 0, note=ON_POTENTIAL)
+    return Op(path, kind.type, "neuron", 0, note=ABSORBED)
 
 
 def _product_row(

@@ -11,7 +11,7 @@ from spikeplug.coding.types import Encoder
 ROLES = {
     "spiking": "weighted layer on spikes: accumulates (AC) in place of multiply-accumulates (MAC)",
     "coded": "carried by spikes, no multiplication",
-    "neuron": "part of neurons: done on their accumulated input",
+    "neuron": "absorbed into the next layer's neurons",
     "decoded": "product of two activations: both carried by spikes, decoded, multiplied as MACs",
     "folded": "merged into another layer",
     "approximated": "nonlinear operation in spikes",
