@@ -170,6 +170,22 @@ class ConversionConfig(pydantic.BaseModel):
                 differing |= options
         return self._built(differing)
 
+    def build_shared(self, readers: Sequence[str], *labels: str) -> tuple[Encoder, Neuron | None]:
+        """The encoder and the neuron of a site that operations of these names share.
+
+        Raises:
+            OptionError: `overrides` gives them different codes; else as `build`.
+        """
+        built = {name: self.build(name, *labels) for name in readers}
+        first = built[readers[0]]
+        other = next((name for name, each in built.items() if each != first), None)
+        if other is not None:
+            raise OptionError(
+                f"overrides gives '{other}' another code than '{readers[0]}', and both read one site: name all of "
+                f"{listed(readers)} alike"
+            )
+        return first
+
     def _built(self, differing: Mapping[str, Any]) -> tuple[Encoder, Neuron | None]:
         encoder = plugins.get_encoder(self.encoder, **{**self.encoder_options, **differing})
         if self.neuron is None:

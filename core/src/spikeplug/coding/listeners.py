@@ -93,15 +93,21 @@ def recomputing() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+_CHANGE = threading.Lock()
+"""Held while the listeners of coders are changed."""
+
+
 @contextlib.contextmanager
 def listening(listeners: Mapping[Any, Listener]) -> Iterator[None]:
     """Inside, every coder has its listener. Contexts may be nested."""
-    for coder, listener in listeners.items():
-        coder.listeners = (*coder.listeners, listener)
+    with _CHANGE:
+        for coder, listener in listeners.items():
+            coder.listeners = (*coder.listeners, listener)
     try:
         yield
     finally:
-        for coder, listener in listeners.items():
-            left = list(coder.listeners)
-            left.remove(listener)
-            coder.listeners = tuple(left)
+        with _CHANGE:
+            for coder, listener in listeners.items():
+                left = list(coder.listeners)
+                left.remove(listener)
+                coder.listeners = tuple(left)

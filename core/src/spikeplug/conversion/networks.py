@@ -86,9 +86,13 @@ class Networks(Architecture):
 
 def _described(model: SpikingGraph) -> dict[str, Any]:
     """What a network is beside its tensors and its configuration, as plain data."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return {
         "graph": to_json(model.captured),
         "stored": model.stored,
+        "parameters": {
+            name: parameters[place].requires_grad for name, place in model.stored.items() if place in parameters
+        },
         "orders": {name: order for name, each in model.state_dict().items() if (order := _order(each))},
         "folded": model.conversion.folded,
         "origin": model.conversion.origin,
@@ -100,6 +104,9 @@ def _rebuilt(described: Mapping[str, Any], state: Mapping[str, Tensor], config: 
     for name in state:
         require_plain(name)
     tensors = {str(name): state[place] for name, place in described["stored"].items()}
+    for name, trained in described["parameters"].items():
+        # Some kernels round otherwise where no gradient may be asked for.
+        tensors[name] = nn.Parameter(tensors[name], requires_grad=trained is True)
     captured = of_json(described["graph"], tensors)
     model = build(captured, {str(key): str(value) for key, value in described["folded"].items()}, config)
     _fill(model, state)

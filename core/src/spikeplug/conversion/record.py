@@ -37,7 +37,11 @@ def refuse_replaced(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for op in conversion_of(model).report.ops:
         module = modules.get(op.name)
-        if op.role == "spiking" and module is not None and not hasattr(module, "source"):
+        if module is None:
+            continue
+        layer = op.role == "spiking" and not hasattr(module, "source")
+        embedding = op.role == "coded" and isinstance(module, nn.Embedding) and not hasattr(module, "site")
+        if layer or embedding:
             raise ConversionError(
                 f"'{op.name}' was replaced after the conversion by a {type(module).__name__}, which is dense: change "
                 "the dense model, and convert it then"

@@ -26,6 +26,7 @@ from spikeplug.errors import ConversionError, OptionError
 
 from .guards import Guard, guards_of, squeezing
 from .structure import Signature, Structure
+from .trials import ones, takes_few, unchanged
 
 DROPPED_CHECKS = ("_assert", "sym_constrain", "_guards", "_check_")
 """Beginnings of the names of operations that check what was seen while capturing, and compute nothing."""
@@ -109,11 +110,15 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         key: kwargs[key] for key in dict.fromkeys([*(name for name, _ in signature.given), *kwargs]) if key in kwargs
     }
     args, kwargs = _at_least_two(args), _at_least_two(kwargs)
-    with _written_out(model):
+    with _written_out(model), unchanged(model):
         program = _exported(model, name, args, kwargs)
     captured = _read(model, name, program, signature)
     normalize(captured)
     describe(captured, model)
+    with _written_out(model), unchanged(model):
+        if not takes_few(model, captured, args, kwargs):  # a capture does not see every dtype that does not fit
+            _refuse_unfit(model, name, args, kwargs)
+        captured.guards += ones(model, captured, args, kwargs)
     # A rewrite that asks for a size fixes it: better refused than another network for another number of samples.
     captured.batch = next(each.meta["dims"] for each in captured.inputs if each.meta["dims"])[0]
     return captured
@@ -326,6 +331,11 @@ def hint(size: Any) -> int:
     """The number that a size has in the example."""
     if isinstance(size, int):
         return size
+    if size.node.hint is None:
+        raise ConversionError(
+            "cannot be captured: a tensor has as many elements as values of others say (x[mask], nonzero): choose by "
+            "torch.where instead; or structure='layers' converts layer by layer"
+        )
     return int(size.node.hint)
 
 

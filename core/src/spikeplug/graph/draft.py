@@ -18,10 +18,6 @@ STRUCTURAL = ("input", "output", "size")
 """Kinds of what is no operation on activations."""
 
 
-ROWS = ("dim", "dims", "dim0", "dim1", "start_dim", "source", "destination")
-"""Names of arguments that say dimensions."""
-
-
 class Tree(nn.Module):
     """Holds modules and tensors at paths."""
 
@@ -228,11 +224,27 @@ def keeps_rows(node: fx.Node, draft: Draft) -> bool:
         return True
     said = {argument.name: value for argument, value in zip(schema.arguments, operands(node), strict=True)}
     indices = said.get("indices")
-    if indices and indices[0] is not None:
+    if (indices and indices[0] is not None) or not _within_rows(str(node.target), said, len(inputs[0])):
         return False
     return _spares_rows(
-        str(node.target), {name: said[name] for name in ROWS if said.get(name) is not None}, len(inputs[0])
+        str(node.target), {name: each for name, each in said.items() if _says_dims(name, each)}, len(inputs[0])
     )
+
+
+def _says_dims(name: str, value: Any) -> bool:
+    """Whether an argument of that name says dimensions."""
+    named = "dim" in name or "axis" in name or name in ("source", "destination")
+    return named and value is not None and not isinstance(value, bool) and name != "output_dim"
+
+
+def _within_rows(name: str, said: dict[str, Any], size: int) -> bool:
+    """Whether an operation that names no dimensions leaves the first one out, of as many as its input has."""
+    word = name.removeprefix("aten.").partition(".")[0]
+    if word == "as_strided" or (word in ("tril", "triu") and size <= 2):
+        return False
+    if "pad" in said and any(said["pad"][2 * size - 2 : 2 * size]):
+        return False
+    return len(said.get("normalized_shape") or ()) < size
 
 
 def _spares_rows(name: str, said: dict[str, Any], size: int) -> bool:

@@ -76,7 +76,7 @@ class Guard:
 def guards_of(inputs: Sequence[fx.Node]) -> tuple[Guard, ...]:
     """The conditions under which a capture took the branches that it took.
 
-    That a size is not 0 or 1 is left out: PyTorch asks it of every size, and what was captured holds of it.
+    That a size is not 0 or 1 is left out: PyTorch takes it for granted of every size; see `trials.ones`.
     """
     mode = detect_fake_mode([node.meta.get("val") for node in inputs])
     if mode is None or mode.shape_env is None:
@@ -93,7 +93,7 @@ def guards_of(inputs: Sequence[fx.Node]) -> tuple[Guard, ...]:
             if not named:
                 continue
             expression = ("And", *(("Equality", size, known[size]) for size in sorted(named)))
-        if not _asks_for_one(expression) and not _asks_for_order(expression, known):
+        if not _asks_for_one(expression) and not (_of_pytorch(guard) and _asks_for_order(expression, known)):
             found[str(condition)] = Guard(str(condition), expression)
     return tuple(found.values())
 
@@ -124,6 +124,12 @@ def _asks_for_one(expression: Expression) -> bool:
         return 0 in sides or 1 in sides
     # `2 <= s` is how a range says that a size is not 0 or 1.
     return (name, sides[-1]) == ("GreaterThan", 2) or (name, sides[0]) == ("LessThan", 2)
+
+
+def _of_pytorch(guard: Any) -> bool:
+    """Whether PyTorch itself asked, in what it computes of shapes and strides, and not the network's code."""
+    place = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+    return "/torch/_" in str(getattr(place, "filename", "")).replace("\\", "/")
 
 
 def _asks_for_order(expression: Expression, known: Mapping[str, int]) -> bool:

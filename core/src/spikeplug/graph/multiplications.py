@@ -128,6 +128,13 @@ def _einsum(builder: Builder, node: fx.Node) -> fx.Node | None:
     left, right = [x for x in a if x not in b], [x for x in b if x not in a]
     if any(each not in result for each in (*left, *right)):
         return None
+    # A size of 1 is repeated along the other tensor's.
+    ones = [
+        {x for x, size in zip(word, t.meta["val"].shape, strict=True) if size == 1}
+        for word, t in zip(letters, tensors, strict=True)
+    ]
+    if (ones[0] ^ ones[1]) & set(shared):
+        return _broadcast(builder, node, letters, tensors, ones)
     sizes = {
         letter: builder.call(node, aten.sym_size.int, tensor, dim)
         for word, tensor in zip(letters, tensors, strict=True)
@@ -155,6 +162,19 @@ def _einsum(builder: Builder, node: fx.Node) -> fx.Node | None:
     order = [*batch, *left, *right]
     product = builder.call(node, aten.reshape.default, product, [sizes[letter] for letter in order])
     return builder.call(node, aten.permute.default, product, [order.index(letter) for letter in result])
+
+
+def _broadcast(builder: Builder, node: fx.Node, words: Sequence[str], tensors: Any, ones: Any) -> fx.Node | None:
+    """The same sum with sizes of 1 written out as those of the other tensor."""
+    wide = []
+    for index, (word, tensor) in enumerate(zip(words, tensors, strict=True)):
+        other, lengths = words[1 - index], []
+        for letter in word:
+            longer = letter in ones[index] and letter in other and letter not in ones[1 - index]
+            source, dim = (tensors[1 - index], other.index(letter)) if longer else (tensor, word.index(letter))
+            lengths.append(builder.call(node, aten.sym_size.int, source, dim))
+        wide.append(builder.call(node, aten.expand.default, tensor, lengths))
+    return _einsum(builder, builder.call(node, aten.einsum.default, node.args[0], wide))
 
 
 def _size(builder: Builder, node: fx.Node, sizes: Sequence[fx.Node]) -> Any:

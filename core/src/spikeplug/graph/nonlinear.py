@@ -57,11 +57,10 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
     Raises:
         OptionError: the configuration names an operation that the model does not have, or one that has no form.
     """
-    _check_names(config, ops.values())
     approximators = config.build_approximators()
     replaced = {}
     for name, op in ops.items():
-        if config.excludes(name, *labels_of(op)):
+        if config.approximator(op) == "exact" or config.excludes(name, *labels_of(op)):
             continue
         original = model.get_submodule(name)
         new = approximators[config.approximator(op)].build(op, original, name)
@@ -71,7 +70,7 @@ def approximate(model: nn.Module, config: ConversionConfig, ops: Mapping[str, st
     return replaced
 
 
-def _check_names(config: ConversionConfig, known: Collection[str]) -> None:
+def check_names(config: ConversionConfig, known: Collection[str]) -> None:
     """Raise OptionError where the configuration names an operation that a model does not have."""
     for op in config.approximators:
         if op != "*" and op not in known:
@@ -132,7 +131,7 @@ def approximate_graph(draft: Draft, activations: bool) -> dict[str, str]:
     """
     config = draft.config
     ops = {node: _op(draft, node, activations) for node in draft.graph.nodes}
-    _check_names(config, [op for op in ops.values() if op])
+    check_names(config, [op for op in ops.values() if op])
     approximators = config.build_approximators()
     replaced = {}
     for node, op in ops.items():

@@ -89,8 +89,8 @@ def _converted(builder: Builder, node: fx.Node) -> fx.Node | None:
     """A change of dtype; none where it has that dtype already. The device is that of the network."""
     first = node.args[0]
     assert isinstance(first, fx.Node)
-    dtype = node.kwargs.get("dtype") or next((each for each in node.args if isinstance(each, torch.dtype)), None)
-    if dtype is None or first.meta["val"].dtype == dtype:
+    dtype = node.meta["val"].dtype  # also of `type_as`, which names a tensor
+    if first.meta["val"].dtype == dtype:
         return first
     return builder.call(node, aten._to_copy.default, first, dtype=dtype)
 

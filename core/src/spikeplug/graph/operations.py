@@ -132,9 +132,9 @@ def _checked(node: fx.Node, kind: Kind, acts: list[fx.Node]) -> Kind:
         return Kind("other")
     if kind.kind == "weighted" and any(each.op != "get_attr" for each in node.all_input_nodes if each is not first):
         return Kind("other")
-    if kind.kind == "product" and len(acts) < 2 and first is not (operands(node)[1]):
-        return Kind("linear", pools=kind.op == "matmul") if kind.op == "mul" else Kind("other")
-    return kind
+    if kind.kind == "product" and kind.op == "mul" and len(acts) < 2 and first is not (operands(node)[1]):
+        return Kind("linear")
+    return kind  # of a matrix product a constant operand, as learned queries are, is coded as an activation is
 
 
 def name_of(node: fx.Node) -> str:

@@ -109,7 +109,8 @@ def _code(draft: Draft, source: fx.Node, readers: list[Reader]) -> Site:
         labels = labels_of_operand(draft, first, name)
         channels = _channels(source, name)
         path = f"{path}.{name}"
-    encoder, neuron = draft.config.build(path, *labels)
+    names = [draft.path(node) for node in layers] or [path]
+    encoder, neuron = draft.config.build_shared(names, *labels)
     site = Site(path, name, encoder, neuron, channels, consumers=len(readers))
     site.sequence = sequence_of(draft, source)
     for index, layer in enumerate(layers):

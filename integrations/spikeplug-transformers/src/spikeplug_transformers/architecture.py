@@ -61,7 +61,7 @@ class Transformers(LanguageArchitecture):
     def units(self, batch: Any) -> int:
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor):
+        if isinstance(mask, Tensor) and mask.ndim == 2:
             return int((mask != 0).sum())
         return ids.numel() if isinstance(ids, Tensor) else 0
 

@@ -160,8 +160,10 @@ def _new_positions(length: int, total: int, mask: Tensor | None) -> slice | None
     if total == length:
         return None
     end = total
-    if mask is not None and mask.shape[-1] == total and torch.finfo(mask.dtype).min / 2 > mask[0, 0, -1, -1]:
-        end = int((mask[0, 0, -1] > torch.finfo(mask.dtype).min / 2).nonzero().max()) + 1
+    if mask is not None and mask.shape[-1] == total:
+        # A row whose text has ended sees none of its own: the one that sees furthest says it.
+        seen = (mask[:, 0, -1] > torch.finfo(mask.dtype).min / 2).any(0)
+        end = int(seen.nonzero().max()) + 1 if bool(seen.any()) else total
     return slice(end - length, end)
 
 

@@ -19,7 +19,7 @@ from spikeplug.conversion.plan import Problem, refuse
 from spikeplug.conversion.record import Conversion
 from spikeplug.conversion.report import ConversionReport, Op, dynamic_note, spiking_op
 from spikeplug.errors import ConversionError, listed
-from spikeplug.graph.nonlinear import approximate, within
+from spikeplug.graph.nonlinear import approximate, check_names, within
 from spikeplug.graph.operations import labels_of
 
 from . import FAMILY
@@ -121,7 +121,9 @@ def check_options(model: nn.Module, config: ConversionConfig) -> None:
     found = list(places(model))
     names = {place.name: place.kind for place in found}
     names |= {reader: place.kind for place in found for reader in place.readers}
-    labels = {name: labels_of(op) for name, op in _operations(model).items()}
+    operations = _operations(model)
+    check_names(config, operations.values())
+    labels = {name: labels_of(op) for name, op in operations.items()}
     config.check_patterns({**{name: (kind, subsystem(name, kind)) for name, kind in names.items()}, **labels})
     config.build_passes()
 
@@ -137,7 +139,8 @@ def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:
         for _, block in attention_blocks(model):
             block.register_forward_pre_hook(refuse_other_attention)
     for name in SETTERS:
-        setattr(model, name, _refuse_setter)
+        for each in (model, model.model):
+            setattr(each, name, _refuse_setter)
     model.register_forward_pre_hook(_note_padding, with_kwargs=True)
     model.register_forward_hook(_forget_padding, always_call=True)
 
@@ -150,6 +153,11 @@ def fill(model: nn.Module, config: ConversionConfig) -> Conversion:
     for _, block in attention_blocks(model):
         block.softmax = Softmax()
     replaced = approximate(model, config, _operations(model))
+    for name in replaced:
+        if name.endswith(("q_norm", "k_norm")):  # they work on heads, [B, S, H, D]
+            for each in model.get_submodule(name).modules():
+                if isinstance(each, Coder):
+                    each.sequence = -3
     report = ConversionReport(config.recipe, tuple(_ops(model, replaced)), f"token at context {CONTEXT}", _delay(model))
     conversion = Conversion(config, report, "transformers")
     model.conversion = conversion  # type: ignore[assignment]
@@ -213,8 +221,8 @@ def needs_our_attention(config: ConversionConfig) -> bool:
 
 def _fill(place: Place, config: ConversionConfig, modules: dict[str, nn.Module]) -> None:
     labels = (place.kind, subsystem(place.name, place.kind))
-    encoder, neuron = config.build(place.name, *labels)
     readers = [name for name in place.readers if not config.excludes(name, *labels)]
+    encoder, neuron = config.build_shared(readers or [place.name], *labels)
     if place.readers and readers:
         site = Site(readers[0], place.kind, encoder, neuron, consumers=len(readers))
         for reader in readers:

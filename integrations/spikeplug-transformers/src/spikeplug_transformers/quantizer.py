@@ -20,7 +20,7 @@ from spikeplug.coding.site import Coder, sites
 from spikeplug.coding.types import Recipe
 from spikeplug.config import ConversionConfig
 from spikeplug.conversion.bundle import MANIFEST, read_manifest, verify
-from spikeplug.conversion.record import conversion_of
+from spikeplug.conversion.record import conversion_of, refuse_replaced
 from spikeplug.conversion.verbs import set_execution
 from spikeplug.errors import CalibrationError, ConversionError
 
@@ -99,6 +99,7 @@ class SpikeQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Called by `save_pretrained`: refuses a model that could not be used once it is read again."""
+        refuse_replaced(model)
         for site in sites(model).values():
             if not site.calibrated:
                 raise CalibrationError(f"site '{site.name}' is not calibrated: calibrate the model before saving it")

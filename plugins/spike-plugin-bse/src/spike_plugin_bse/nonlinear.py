@@ -118,7 +118,7 @@ class Softmax(nn.Module):
 
     def forward(self, scores: Tensor) -> Tensor:
         """`[*S] -> [*S]`."""
-        x = scores.float()
+        x = scores.float().clamp(min=torch.finfo(torch.float32).min)  # masks of float64 go beyond it
         e = self.exp(x - x.detach().amax(self.dim, keepdim=True))
         y: Tensor = e * self.reciprocal(e.sum(self.dim, keepdim=True))
         return y.to(scores.dtype if self.least is None else torch.promote_types(scores.dtype, self.least))
