@@ -201,3 +201,38 @@ def test_the_dense_model_stays_as_it_is(ids, recipe):
         spikeplug.convert(model, recipe, calibration=[torch.zeros(1, 2, 3)])
     assert torch.equal(model(ids).logits, dense)
     assert type(model.lm_head) is nn.Linear
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_left_out_of_norms_of_heads(build, ids, left):
+    lengths = (ids.shape[1], ids.shape[1] // 2, 3)
+    text, mask = ids[:1].repeat(3, 1), torch.zeros(3, ids.shape[1], dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        mask[row, -length:] = 1
+        if not left:
+            mask[row] = mask[row].flip(0)
+    options = {"steps": 64, "approximators": {"*": "ttfs-kernels"}}
+    model = spikeplug.convert(build("qwen3"), "ttfs", calibration=[text], **options)
+    with spikeplug.count_spikes(model) as padded:
+        model(text, attention_mask=mask, use_cache=False)
+    with spikeplug.count_spikes(model) as alone:
+        for row in range(3):
+            model(text[row : row + 1, mask[row].bool()], use_cache=False)
+    names = [name for name in padded.by_site if "q_norm" in name or "k_norm" in name]
+    assert names
+    for name in names:
+        assert padded.by_site[name].neurons == alone.by_site[name].neurons > 0, name
+
+
+@torch.no_grad()
+def test_a_cache_of_which_the_first_row_has_ended_is_counted(build, ids):
+    model = spikeplug.convert(build(), "bse", calibration=[ids], steps=8)
+    text, mask = ids[:1, :12].repeat(2, 1), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 5:] = 0
+    cache = model(text[:, :2], use_cache=True).past_key_values
+    with spikeplug.count_spikes(model) as counts:
+        model(text[:, 2:], attention_mask=mask, past_key_values=cache)
+    site = counts.by_site["model.layers.0.self_attn.key"]
+    assert site.neurons == (3 + 10) * site.neurons // 13 > 0
+    assert site.spikes > 0
