@@ -25,7 +25,12 @@ import spikeplug
 
 RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bse", {"steps": 8}),
+    ("bse", {"steps": 8, "granularity": "channel"}),
+    ("bse", {"steps": 8, "granularity": "token"}),
+    ("bse", {"steps": 9}),
+    ("bse", {"steps": 10}),
     ("phase", {"steps": 8}),
+    ("phase", {"steps": 7}),
     ("css", {}),
     ("ttfs", {}),
 )
@@ -123,17 +128,18 @@ def measure(arguments: argparse.Namespace) -> None:
     print(
         f"dense: top-1 {float((dense.argmax(1) == labels).float().mean()):.2%} of {len(x)}, {cost:.1f} ms per image\n"
     )
-    print("| recipe | options | top-1 | agreement | spiking | decoded | dense | steps | ms per image |")
-    print("| --- " * 9 + "|")
+    print("| recipe | options | top-1 | agreement | first 1,000 | error | spiking | decoded | dense | steps | ms |")
+    print("| --- " * 11 + "|")
     for recipe, options in RECIPES:
         spiking = spikeplug.convert(net, recipe, calibration=list(known.split(64)), **options)
         found, cost = run(spiking, x)
         report = spikeplug.report(spiking)
         shares = " | ".join(f"{report.share(role):.1%}" for role in ("spiking", "decoded", "dense"))
         top = float((found.argmax(1) == labels).float().mean())
-        agree = float((found.argmax(1) == dense.argmax(1)).float().mean())
+        same = (found.argmax(1) == dense.argmax(1)).float()
+        agree = f"{same.mean():.2%} | {same[:1000].mean():.2%} | {(found - dense).norm() / dense.norm():.4f}"
         said = ", ".join(f"{key}={value}" for key, value in options.items()) or "default"
-        print(f"| {recipe} | {said} | {top:.2%} | {agree:.2%} | {shares} | {report.delay:,} | {cost:.1f} |", flush=True)
+        print(f"| {recipe} | {said} | {top:.2%} | {agree} | {shares} | {report.delay:,} | {cost:.1f} |", flush=True)
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spikeplug
+from spikeplug.coding.site import sites
 from spikeplug.errors import OptionError
 
 COMPARE = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt}
@@ -198,3 +201,50 @@ def test_one_site_has_one_code(images, network):
         spikeplug.convert(Two().eval(), "rate", calibration=[x], overrides={"b": {"steps": 2}})
     spiking = spikeplug.convert(Two().eval(), "rate", calibration=[x], overrides={"a": {"steps": 2}, "b": {"steps": 2}})
     assert spiking.get_submodule("a").source.encoder.steps == 2
+
+
+def test_what_is_no_network_or_no_batches_is_said(network, images):
+    with pytest.raises(OptionError, match=r"a model of type function: a torch\.nn\.Module is needed"):
+        spikeplug.convert(lambda x: x, "rate", calibration=[images])
+    with pytest.raises(OptionError, match="calibration is a int: give a list of batches"):
+        spikeplug.convert(network(), "rate", calibration=5)
+    with pytest.raises(OptionError, match="the example has no samples"):
+        spikeplug.convert(network(), "rate", calibration=[images[:0]])
+    spiking = spikeplug.convert(network(), "rate", calibration=[images])
+    with pytest.raises(spikeplug.SpikeplugError, match="is a part of a converted model"):
+        spikeplug.convert(nn.Sequential(spiking, nn.ReLU()), "rate", calibration=[images])
+
+
+def test_pruned_layers_are_converted_layer_by_layer():
+    from torch.nn.utils import prune
+
+    net = Net(lambda x: x)
+    prune.l1_unstructured(net.a, "weight", 0.5)
+    x = torch.randn(4, 6)
+    spiking = spikeplug.convert(net.eval(), "rate", calibration=[x], structure="layers", steps=512)
+    assert (spiking(x) - net(x)).norm() < 0.1 * net(x).norm()
+
+
+def test_modes_and_counts_of_several_threads_leave_nothing_behind(network, images):
+    spiking = spikeplug.convert(network(), "rate", calibration=[images])
+    interval, failed = sys.getswitchinterval(), []
+
+    def work():
+        try:
+            for _ in range(50):
+                with spikeplug.count_spikes(spiking), spikeplug.in_mode(spiking, "dense"):
+                    pass
+        except Exception as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert all((site.mode, site.listeners) == ("fused", ()) for site in sites(spiking).values())

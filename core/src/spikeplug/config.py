@@ -198,6 +198,9 @@ class ConversionConfig(pydantic.BaseModel):
 
     def build_passes(self) -> list[Pass]:
         """The passes, in order. Raises as `resolve`."""
+        twice = next((name for name in self.passes if self.passes.count(name) > 1), None)
+        if twice is not None:
+            raise OptionError(f"passes={list(self.passes)}: '{twice}' is named twice, once is enough")
         return [plugins.get_pass(name, **self.pass_options.get(name, {})) for name in self.passes]
 
     def apply_passes(self, model: torch.nn.Module, batches: Sequence[Any]) -> ConversionConfig:
@@ -237,15 +240,22 @@ class ConversionConfig(pydantic.BaseModel):
         """Whether what has that name, kind and subsystem stays dense."""
         return not _matches(self.include, name, labels) or _matches(self.exclude, name, labels)
 
-    def check_patterns(self, names: Mapping[str, tuple[str, ...]]) -> None:
+    def check_patterns(
+        self, names: Mapping[str, tuple[str, ...]], uncoded: Mapping[str, tuple[str, ...]] | None = None
+    ) -> None:
         """Refuse a pattern that nothing (name -> kind and subsystem) matches.
+
+        Args:
+            uncoded: what has no code of its own, so that `overrides` cannot mean it.
 
         Raises:
             OptionError: the message says the nearest name, kind or subsystem.
         """
-        words = {label for labels in names.values() for label in labels}
+        coded, names = names, {**names, **(uncoded or {})}
         given = {"include": self.include, "exclude": self.exclude, "overrides": tuple(self.overrides)}
         for key, patterns in given.items():
+            names = coded if key == "overrides" else names
+            words = {label for labels in names.values() for label in labels}
             for pattern in patterns:
                 if pattern != "*" and not any(_matches((pattern,), name, labels) for name, labels in names.items()):
                     raise OptionError(

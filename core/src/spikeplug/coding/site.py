@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -36,6 +37,7 @@ class Coder(nn.Module):
     """
 
     mode: Mode = "fused"
+    _modes: tuple[tuple[Mode, object], ...] = ()  # the mode ahead of all `in_mode`, and those of all that are entered
     static: bool = True
     """Whether it has parameters, which `calibrate` fits and `save` stores."""
     observes: bool = True
@@ -317,15 +319,26 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+_MODES = threading.Lock()
+"""Held while the modes of coders are changed."""
+
+
 @contextlib.contextmanager
 def in_mode(of: nn.Module | Sequence[Coder], mode: Mode) -> Iterator[None]:
     """Inside, a converted network, or some coders, run in this mode; in `dense`, as the network it was made of."""
     coders = [each for each in of.modules() if isinstance(each, Coder)] if isinstance(of, nn.Module) else of
-    before = [coder.mode for coder in coders]
-    for coder in coders:
-        coder.mode = mode
+    entered = (mode, object())  # each context is one of its own, also where several threads ask for one mode
+    with _MODES:
+        for coder, was in [(coder, coder.mode) for coder in coders]:
+            coder._modes = (*(coder._modes or ((was, None),)), entered)
+        for coder in coders:
+            coder.mode = mode
     try:
         yield
     finally:
-        for coder, was in zip(coders, before, strict=True):
-            coder.mode = was
+        with _MODES:
+            for coder in coders:
+                coder._modes = tuple(each for each in coder._modes if each != entered)
+                coder.mode = coder._modes[-1][0]
+                if len(coder._modes) == 1:
+                    coder._modes = ()

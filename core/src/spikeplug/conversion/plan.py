@@ -181,7 +181,7 @@ def _problems(captured: Captured, model: nn.Module, config: ConversionConfig) ->
         names = ", ".join(captured.mutated)
         yield Problem("", "", "", f"its forward changes its buffers ({names})", "a converted network keeps no state")
     if captured.batch.isdigit():
-        fixed = f"its forward fixes the number of samples to {captured.batch}"
+        fixed = f"its forward fixes the number of samples to {captured.batch}, or the example lacks its batch axis"
         yield Problem(
             "", "", "", fixed, "take it from x.shape[0], and convert with the size that is used if it must be fixed"
         )

@@ -6,7 +6,7 @@ import copy
 import itertools
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -15,6 +15,10 @@ def shared_copy(model: nn.Module) -> nn.Module:
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         own = tensor.detach()
         memo[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that was computed, as pruning does
+                memo[id(value)] = value.detach()
     return copy.deepcopy(model, memo)
 
 

@@ -162,8 +162,16 @@ def plan(model: nn.Module, recipe: str | Recipe | ConversionConfig, example: Any
 
 def _require_dense(model: nn.Module) -> None:
     """Raises ConversionError where a model is converted already, NonFiniteError where it is damaged."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"a model of type {type(model).__name__}: a torch.nn.Module is needed")
     if isinstance(getattr(model, "conversion", None), Conversion):
-        raise ConversionError(f"{type(model).__name__} is a converted model already: convert a dense one")
+        raise ConversionError(
+            f"{type(model).__name__} is a converted model already: convert a dense one; spikeplug.calibrate calibrates "
+            "this one anew"
+        )
+    part = next((name for name, each in model.named_modules() if isinstance(each, Coder)), None)
+    if part is not None:
+        raise ConversionError(f"'{part}' in {type(model).__name__} is a part of a converted model: convert a dense one")
     refuse_nonfinite(model)
 
 
@@ -328,7 +336,8 @@ def _refuse_unfit(calibration: Iterable[Any] | None, config: ConversionConfig) -
     encoder, _ = config.build()
     if calibration is None and (encoder.static or any(each.static for each in config.build_approximators().values())):
         raise CalibrationError(f"recipe '{config.recipe}' needs calibration data: convert(..., calibration=batches)")
-    if isinstance(calibration, (Tensor, Mapping)):
+    batches = isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, Mapping))
+    if calibration is not None and not batches:
         raise OptionError(f"calibration is a {type(calibration).__name__}: give a list of batches, calibration=[batch]")
 
 

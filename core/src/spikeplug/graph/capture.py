@@ -109,6 +109,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     kwargs = {
         key: kwargs[key] for key in dict.fromkeys([*(name for name, _ in signature.given), *kwargs]) if key in kwargs
     }
+    if any(isinstance(each, Tensor) and each.ndim and not len(each) for each in pytree.tree_leaves((args, kwargs))):
+        raise OptionError("the example has no samples: give one that has some")
     args, kwargs = _at_least_two(args), _at_least_two(kwargs)
     with _written_out(model), unchanged(model):
         program = _exported(model, name, args, kwargs)
@@ -252,14 +254,11 @@ def _reason(error: Exception) -> str:
     text = str(error)
     where = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', text)
     line = next((f" ({file.rpartition('/')[2]}:{number})" for file, number, _ in reversed(where)), "")
+    layers = "structure='layers' converts layer by layer, and what is computed between layers stays dense"
     if "data-dependent" in text or type(error).__name__ in ("GuardOnDataDependentSymNode", "UserError"):
         what = "its forward branches on values of tensors, or makes numbers of them"
-    else:
-        what = (text.splitlines() or [type(error).__name__])[0]
-    return (
-        f"{what}{line}. Choose by shapes or by torch.where instead; or structure='layers' converts layer by layer, "
-        "and what is computed between layers stays dense"
-    )
+        return f"{what}{line}. Choose by shapes or by torch.where instead; or {layers}"
+    return f"torch.export says: {(text.splitlines() or [type(error).__name__])[0]}{line}. {layers}"
 
 
 def _read(model: nn.Module, name: str, program: ExportedProgram, signature: Signature) -> Captured:

@@ -71,6 +71,12 @@ class Transformers(LanguageArchitecture):
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             found = f"shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise CalibrationError(f"a calibration batch is token ids [B, S], or a dict with input_ids; got {found}")
+        mask, known = given.get("attention_mask"), model.config.vocab_size
+        if ids.is_floating_point() or not ids.numel() or not 0 <= int(ids.min()) <= int(ids.max()) < known:
+            what = "no tokens" if not ids.numel() else f"{ids.dtype} from {ids.min():g} to {ids.max():g}"
+            raise CalibrationError(f"a calibration batch is whole token ids from 0 to {known - 1}; got {what}")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != ids.shape:
+            raise CalibrationError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
         given = {name: value.to(model.device) for name, value in given.items() if isinstance(value, Tensor)}
         return model(**given, use_cache=False)
 

@@ -124,7 +124,7 @@ def check_options(model: nn.Module, config: ConversionConfig) -> None:
     operations = _operations(model)
     check_names(config, operations.values())
     labels = {name: labels_of(op) for name, op in operations.items()}
-    config.check_patterns({**{name: (kind, subsystem(name, kind)) for name, kind in names.items()}, **labels})
+    config.check_patterns({name: (kind, subsystem(name, kind)) for name, kind in names.items()}, labels)
     config.build_passes()
 
 
