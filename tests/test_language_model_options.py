@@ -54,3 +54,17 @@ def test_rotation_is_verified_in_float64(build, ids):
     model = build().double()
     spiking = spikeplug.convert(model, "bse", calibration=[ids], passes=["rotate"])
     assert 0 < (spiking(ids).logits - model(ids).logits).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(("passes", "options", "says"), [
+    (["rotate", "prefix"], {"prefix": {"tokens": [9999]}}, "prefix token 9999"),
+    (["rotate", "quantize-weights"], {"quantize-weights": {"group": 7}}, "group=7"),
+    (["rotate", "rotate"], {}, "'rotate' is named twice"),
+])  # fmt: skip
+def test_passes_that_cannot_be_applied_change_nothing_in_place(build, ids, passes, options, says):
+    model = build()
+    before = model(ids).logits
+    with pytest.raises(OptionError, match=says):
+        spikeplug.convert(model, "bse", calibration=[ids], inplace=True, passes=passes, pass_options=options)
+    assert torch.equal(model(ids).logits, before)
+    spikeplug.convert(model, "bse", calibration=[ids], inplace=True)

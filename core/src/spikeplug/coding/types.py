@@ -236,7 +236,8 @@ class Pass(Protocol):
     """A rewrite before conversion that keeps the function of the network. A frozen dataclass of options.
 
     One that changes the function after all (it rounds weights, say) has an attribute `keeps_function = False`, so that
-    the converted network is not compared with the dense one.
+    the converted network is not compared with the dense one. One that can fail by its options may have `check(model)`,
+    which raises then: it is called before any pass changes anything.
     """
 
     name: ClassVar[str]

@@ -125,7 +125,10 @@ def check_options(model: nn.Module, config: ConversionConfig) -> None:
     check_names(config, operations.values())
     labels = {name: labels_of(op) for name, op in operations.items()}
     config.check_patterns({name: (kind, subsystem(name, kind)) for name, kind in names.items()}, labels)
-    config.build_passes()
+    for each in config.build_passes():
+        checks = getattr(each, "check", None)
+        if checks is not None:
+            checks(model)
 
 
 def make_model_spiking(model: nn.Module, config: ConversionConfig) -> None:

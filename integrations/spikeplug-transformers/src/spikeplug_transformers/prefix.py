@@ -65,11 +65,8 @@ class Prefix:
         refuse_strangers(model)
         if any(hasattr(block, PREFIX[0]) for _, block in attention_blocks(model)):
             raise ConversionError("the model has a prefix already")
+        self.check(model)
         tokens = self.tokens or find(model, batches, self.threshold, self.limit)
-        known = model.get_input_embeddings().num_embeddings
-        for token in tokens:
-            if not 0 <= token < known:
-                raise OptionError(f"prefix token {token}: the model knows tokens 0 to {known - 1}")
         ids = torch.tensor([tokens], device=model.device)
         positions = torch.arange(-len(tokens), 0, device=model.device).unsqueeze(0)
         with torch.no_grad():
@@ -80,6 +77,13 @@ class Prefix:
         self.skeleton(model)
         model.set_attn_implementation(IMPLEMENTATION)
         return {"tokens": list(tokens)}
+
+    def check(self, model: Any) -> None:
+        """Raises as `apply`, ahead of it: a token is none of the model's."""
+        known = model.get_input_embeddings().num_embeddings
+        for token in self.tokens or ():
+            if not 0 <= token < known:
+                raise OptionError(f"prefix token {token}: the model knows tokens 0 to {known - 1}")
 
     def skeleton(self, model: Any) -> None:
         """Put in place what attention by the implementation that sees the prefix needs."""

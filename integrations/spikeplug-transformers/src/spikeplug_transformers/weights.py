@@ -41,6 +41,12 @@ class QuantizeWeights:
         if self.group < 0:
             raise OptionError(f"group={self.group}: a whole number of at least 0 is needed")
 
+    def check(self, model: nn.Module) -> None:
+        """Raises as `apply`, ahead of it: a row is no multiple of the group."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head" and module.in_features % (self.group or 1):
+                raise OptionError(f"group={self.group}: the rows of '{name}' have {module.in_features} weights")
+
     def apply(self, model: nn.Module, batches: Sequence[Any] = ()) -> dict[str, Any]:
         """Round in place.
 
@@ -58,13 +64,12 @@ class QuantizeWeights:
             raise OptionError(
                 f"quantize-weights needs torchao ({error}): pip install spikeplug-transformers[weights]"
             ) from None
+        self.check(model)
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear) or name == "lm_head":
                 continue
             size = self.group or module.in_features
-            if module.in_features % size:
-                raise OptionError(f"group={size}: the rows of '{name}' have {module.in_features} weights")
             block = (1, size)
             weight = module.weight.detach().float()
             scale, zero = choose_qparams_affine(weight, MappingType.SYMMETRIC, block, torch.int8, low, high, eps=1e-9)
