@@ -360,3 +360,15 @@ def test_learning_from_bases_is_never_worse_than_rounding():
 def test_bad_bases_and_grains_say_so(options, message):
     with pytest.raises(OptionError, match=message):
         Phase(**options)
+
+
+def test_learning_does_not_depend_on_the_default_dtype():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = spikeplug.convert(net, "phase", calibration=[x])(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = spikeplug.convert(net, "phase", calibration=[x])(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)

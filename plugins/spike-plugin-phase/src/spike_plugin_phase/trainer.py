@@ -122,7 +122,7 @@ def search(code: Phase, x: Tensor) -> list[tuple[int, ...]]:
     choices = candidates(code.steps, code.grains)
     part = x[:, :SEARCH_SAMPLES]
     neurons = [_Neurons(code, part, choice) for choice in choices]
-    alpha = torch.zeros(len(x), len(choices))
+    alpha = torch.zeros(len(x), len(choices), dtype=x.dtype)
     for _ in range(SEARCH_ROUNDS):
         for each in neurons:
             each.run(1, 1, 1)
@@ -150,9 +150,9 @@ class _Neurons:
         threshold, reset, _ = (each.float().expand(len(x), -1).clone() for each in code.start())
         self.neuron = _Adam([threshold, reset], code.lr_neuron * self.unit)
         # A base moves d(1) = 1 / B by about the same as a threshold moves.
-        start = torch.tensor(code.bases or (2.0,) * code.grains).expand(len(x), -1).clone()
+        start = torch.tensor(code.bases or (2.0,) * code.grains, dtype=torch.float32).expand(len(x), -1).clone()
         self.bases = _Adam([start], 4 * code.lr_bases * self.unit)
-        self._best_loss = torch.full((len(x),), float("inf"))
+        self._best_loss = torch.full((len(x),), float("inf"), dtype=x.dtype)
         self.best = [threshold.clone(), reset.clone(), self.weight(), self.bases.values[0].clone()]
 
     def weight(self) -> Tensor:
