@@ -13,8 +13,8 @@ from torch import nn
 
 import spikeplug
 from spikeplug.coding.site import in_mode
-from spikeplug.conversion.verify import difference
 from spikeplug.graph.network import SpikingGraph
+from spikeplug.graph.trials import difference
 
 WIDTH = 4
 

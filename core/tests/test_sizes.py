@@ -63,6 +63,20 @@ def test_a_branch_on_sizes_is_followed_or_refused(dims, compared, limit, example
         torch.testing.assert_close(found, net(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by", [1.01, 3])
+def test_a_branch_on_several_sizes_of_one_is_refused(by):
+    def between(x):
+        return x * by if x.shape[0] == 1 and x.shape[2] == 1 else x
+
+    net = Net(between).eval()
+    spiking = spikeplug.convert(net, "rate", calibration=[torch.randn(3, 4, 5, 6)])
+    for shape in ((1, 4, 5), (3, 4, 1), (1, 1, 5)):
+        x = torch.randn(*shape, 6)
+        torch.testing.assert_close(dense(spiking, x), net(x))
+    with pytest.raises(OptionError, match=r"is not 1 or s.* is not 1"):
+        spiking(torch.randn(1, 4, 1, 6))
+
+
 def test_one_sample_and_one_position_are_taken_where_nothing_depends_on_it():
     net = Net(lambda x: x).eval()
     spiking = spikeplug.convert(net, "rate", calibration=[torch.randn(3, 5, 6)])

@@ -251,10 +251,13 @@ class ConversionConfig(pydantic.BaseModel):
         Raises:
             OptionError: the message says the nearest name, kind or subsystem.
         """
-        coded, names = names, {**names, **(uncoded or {})}
-        given = {"include": self.include, "exclude": self.exclude, "overrides": tuple(self.overrides)}
-        for key, patterns in given.items():
-            names = coded if key == "overrides" else names
+        every = {**names, **(uncoded or {})}
+        given = (
+            ("include", self.include, every),
+            ("exclude", self.exclude, every),
+            ("overrides", self.overrides, names),
+        )
+        for key, patterns, names in given:
             words = {label for labels in names.values() for label in labels}
             for pattern in patterns:
                 if pattern != "*" and not any(_matches((pattern,), name, labels) for name, labels in names.items()):

@@ -31,6 +31,8 @@ class Architecture(ABC):
 
     target: ClassVar[str]
     """The kind of network, as in `Recipe.targets`."""
+    computes: ClassVar[torch.dtype | None] = None
+    """What parts of its models compute in, whatever the dtype of the model; None: in that."""
 
     @abstractmethod
     def plan(self, model: torch.nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from spikeplug.errors import ConversionError
 from spikeplug.graph.capture import unwrapped
 from spikeplug.graph.network import SpikingGraph
 from spikeplug.graph.structure import leaves
+from spikeplug.graph.trials import difference
 
 from .architecture import Architecture
 from .record import conversion_of
@@ -37,24 +38,23 @@ def verify_conversion(
         ConversionError: they differ; the message names the first operation at which they part.
     """
     approximated = [op.name for op in conversion_of(spiking).report.ops if op.role == "approximated"]
-    # Approximated operations left out, and norms of transformers that a pass rewrote around, compute in float32.
-    config = conversion_of(spiking).config
-    least = TOLERANCE[torch.float32] if approximated or config.passes else 0.0
+    # Approximated operations left out compute in float32, whatever the network does.
+    least = TOLERANCE[torch.float32] if approximated else 0.0
+    if conversion_of(spiking).config.passes and architecture.computes is not None:
+        least = max(least, TOLERANCE[architecture.computes])
     with torch.no_grad(), evaluating(dense, spiking):
         if not changed and _has_dense_mode(spiking, approximated):
-            batch = _taken(dense, spiking, example, SAMPLES, architecture)
-            _compare_outputs(unwrapped(dense), spiking, batch, architecture, least)
-        _compare_layers(spiking, _taken(dense, spiking, example, 1, architecture), architecture)
+            _compare_outputs(unwrapped(dense), spiking, example, architecture, least)
+        _compare_layers(spiking, example, architecture)
 
 
-def _taken(dense: nn.Module, spiking: nn.Module, example: Any, count: int, architecture: Architecture) -> Any:
-    """The first samples of a batch; all where the network does not take them alone, as edges of a graph need nodes."""
+def _on_first(spiking: nn.Module, example: Any, count: int, run: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """The first samples of a batch, and what they give; all where they are not taken alone, as edges need nodes."""
     batch = first_samples(spiking, example, count)
     try:
-        architecture.feed(unwrapped(dense), batch)
+        return batch, run(batch)
     except Exception:  # it is the user's code, which may raise anything
-        return example
-    return batch
+        return example, run(example)
 
 
 def _has_dense_mode(spiking: nn.Module, approximated: Sequence[str]) -> bool:
@@ -83,9 +83,10 @@ def first_samples(model: nn.Module, batch: Any, count: int = SAMPLES) -> Any:
 
 
 def _compare_outputs(
-    dense: nn.Module, spiking: nn.Module, batch: Any, architecture: Architecture, least: float
+    dense: nn.Module, spiking: nn.Module, example: Any, architecture: Architecture, least: float
 ) -> None:
-    wanted = leaves(architecture.feed(dense, batch))
+    batch, result = _on_first(spiking, example, SAMPLES, lambda batch: architecture.feed(dense, batch))
+    wanted = leaves(result)
     with in_mode(spiking, "dense"):
         found = leaves(architecture.feed(spiking, batch))
     if len(wanted) != len(found):
@@ -105,21 +106,6 @@ def _real(batch: Any, result: Tensor) -> Tensor:
     """A result without the positions of padding, where attention sees nothing and gives whatever it gives."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return result[mask.bool()] if isinstance(mask, Tensor) and result.shape[: mask.ndim] == mask.shape else result
-
-
-def difference(wanted: Tensor, found: Tensor) -> float:
-    """Largest difference of two tensors over the largest value of the first."""
-    if wanted.shape != found.shape:
-        return float("inf")
-    if not wanted.numel():
-        return 0.0
-    finite = torch.isfinite(wanted)
-    if not torch.equal(finite, torch.isfinite(found)) or not torch.equal(wanted[~finite], found[~finite]):
-        return float("inf")
-    one, other = (each[finite].double() for each in (wanted, found))
-    if not one.numel():
-        return 0.0
-    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
 
 
 def _far(wanted: Tensor, found: Tensor, least: float = 0.0) -> bool:
@@ -168,7 +154,7 @@ def _first_difference(
     return ""
 
 
-def _compare_layers(spiking: nn.Module, batch: Any, architecture: Architecture) -> None:
+def _compare_layers(spiking: nn.Module, example: Any, architecture: Architecture) -> None:
     """Every layer on spikes, stepped, on what it gets in a fused pass of one sample."""
     if not any(isinstance(site, Site) and site.encoder.collapsible for site in sites(spiking).values()):
         return
@@ -180,7 +166,7 @@ def _compare_layers(spiking: nn.Module, batch: Any, architecture: Architecture) 
         if isinstance(module, SpikingLayer) and module.source.encoder.collapsible:
             handles.append(module.register_forward_hook(_comparing(name, parted)))
     try:
-        architecture.feed(spiking, batch)
+        _on_first(spiking, example, 1, lambda batch: architecture.feed(spiking, batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -234,7 +234,7 @@ def keeps_rows(node: fx.Node, draft: Draft) -> bool:
 def _says_dims(name: str, value: Any) -> bool:
     """Whether an argument of that name says dimensions."""
     named = "dim" in name or "axis" in name or name in ("source", "destination")
-    return named and value is not None and not isinstance(value, bool) and name != "output_dim"
+    return named and value is not None and not isinstance(value, bool)
 
 
 def _within_rows(name: str, said: dict[str, Any], size: int) -> bool:

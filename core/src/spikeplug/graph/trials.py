@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,9 @@ from .structure import leaves
 
 if TYPE_CHECKING:
     from .capture import Captured
+
+MOST = 3
+"""Sizes that are tried together."""
 
 Cut = Callable[[str], slice]
 """Of a size's name, what is taken of it."""
@@ -49,31 +54,56 @@ def takes_few(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwarg
 
 
 def ones(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Guard, ...]:
-    """Conditions that a size is not 1, where the network is another one there.
+    """Conditions that sizes are not 1, where the network is another one there.
 
     PyTorch captures as if no size were 1, and asks nothing: `if x.shape[1] == 1` leaves no trace. So every free size is
-    tried, and where the network does not take 1 of it, its capture shall not either.
+    tried, alone and with others, and where the network does not take 1 of them, its capture shall not either.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(captured.graph, {}))
     program = fx.GraphModule(dict(captured.tensors), graph)
-    names = dict.fromkeys(name for node in captured.inputs for name in node.meta["dims"] if name.isidentifier())
-    found = []
-    for name in names:
-        parts = _parts(captured, args, kwargs, lambda size, name=name: slice(1 if size == name else None))  # type: ignore[misc]
+
+    def same(names: Collection[str]) -> bool:
+        parts = _parts(captured, args, kwargs, lambda size: slice(1 if size in names else None))
         try:
             wanted = _run(model, args, kwargs, parts)
             given = [each for each in program(*(part for _, part in parts)) if isinstance(each, Tensor)]
-            same = len(wanted) == len(given) and all(map(_alike, wanted, given))
         except Exception:  # as above
-            same = False
-        if not same:
-            found.append(Guard(f"{name} is not 1", ("Unequality", name, 1)))
-    return tuple(found)
+            return False
+        return len(wanted) == len(given) and all(map(_alike, wanted, given))
+
+    free = dict.fromkeys(name for node in captured.inputs for name in node.meta["dims"] if name.isidentifier())
+    together = [each for count in range(1, MOST + 1) for each in itertools.combinations(free, count)]
+    refused: list[tuple[str, ...]] = []
+    for names in together:
+        if not any(set(each) <= set(names) for each in refused) and not same(names):
+            refused.append(names)
+    return tuple(
+        Guard(" or ".join(f"{name} is not 1" for name in names), ("Or", *(("Unequality", name, 1) for name in names)))
+        for names in refused
+    )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-3, equal_nan=True)
+    """Whether results are the same but for rounding."""
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return difference(one, other) <= math.sqrt(torch.finfo(one.dtype).eps)
+
+
+def difference(wanted: Tensor, found: Tensor) -> float:
+    """Largest difference of two tensors over the largest value of the first."""
+    if wanted.shape != found.shape:
+        return float("inf")
+    if not wanted.numel():
+        return 0.0
+    finite = torch.isfinite(wanted)
+    if not torch.equal(finite, torch.isfinite(found)) or not torch.equal(wanted[~finite], found[~finite]):
+        return float("inf")
+    one, other = (each[finite].double() for each in (wanted, found))
+    if not one.numel():
+        return 0.0
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
 
 
 @contextlib.contextmanager
@@ -89,12 +119,20 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Only what has changed is touched: others may be running the network.
         for module, attributes in known:
-            vars(module).clear()
-            vars(module).update(attributes)
+            _restore(vars(module), attributes)
         for value, before in held:
-            if isinstance(value, list):
-                value[:] = before
-            else:
+            if isinstance(value, dict):
+                _restore(value, dict(before))
+            elif list(map(id, value)) != list(map(id, before)):
                 value.clear()
-                value.update(before)
+                (value.update if isinstance(value, set) else value.extend)(before)
+
+
+def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    for key in [key for key in now if key not in before]:
+        del now[key]
+    for key, value in before.items():
+        if key not in now or now[key] is not value:
+            now[key] = value

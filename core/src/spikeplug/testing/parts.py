@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import spikeplug
 from spikeplug.coding.site import in_mode, sites
 from spikeplug.conversion.sharing import shared_copy
-from spikeplug.conversion.verify import difference
 from spikeplug.errors import OptionError
 from spikeplug.graph.structure import leaves
+from spikeplug.graph.trials import difference
 from spikeplug.testing.guard import Guarded
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,7 @@ class Transformers(LanguageArchitecture):
     """Causal language models of the LLaMA family."""
 
     target: ClassVar[str] = "lm"
+    computes: ClassVar[torch.dtype | None] = torch.float32  # the norms of transformers
 
     def plan(self, model: nn.Module, config: ConversionConfig, batches: Sequence[Any]) -> Plan:
         """What a conversion would make of the model; every module of no known role is a problem."""
