@@ -135,3 +135,13 @@ def test_a_model_of_no_known_family_is_captured():
     roles = {op.name: op.role for op in spikeplug.report(spiking).ops if op.macs}
     assert set(roles.values()) == {"spiking", "decoded"}
     assert "transformer.h.0.attn.c_attn" in roles
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "gpt2", "clip text", "vit"])
+def test_one_sample_is_taken(name):
+    net, batch = built(name)
+    spiking = spikeplug.convert(net, "bse", calibration=[batch], steps=6)
+    one = {key: each[:1] for key, each in batch.items()} if isinstance(batch, dict) else batch[:1]
+    with spikeplug.in_mode(spiking, "dense"):
+        torch.testing.assert_close(result(spiking, one), result(net, one))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 MOST = 3
-"""Sizes that are tried together."""
+"""Sizes that are tried together, of few; of many one less."""
 
 Cut = Callable[[str], slice]
 """Of a size's name, what is taken of it."""
@@ -72,16 +72,19 @@ def ones(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Ma
             return False
         return len(wanted) == len(given) and all(map(_alike, wanted, given))
 
-    free = dict.fromkeys(name for node in captured.inputs for name in node.meta["dims"] if name.isidentifier())
-    together = [each for count in range(1, MOST + 1) for each in itertools.combinations(free, count)]
-    refused: list[tuple[str, ...]] = []
-    for names in together:
-        if not any(set(each) <= set(names) for each in refused) and not same(names):
-            refused.append(names)
-    return tuple(
-        Guard(" or ".join(f"{name} is not 1" for name in names), ("Or", *(("Unequality", name, 1) for name in names)))
-        for names in refused
-    )
+    free = tuple(dict.fromkeys(name for node in captured.inputs for name in node.meta["dims"] if name.isidentifier()))
+    most = min(len(free), MOST if len(free) <= 2 * MOST else MOST - 1)
+    tried = (names for count in range(1, most + 1) for names in itertools.combinations(free, count))
+    return tuple(_not_one(names, free, exactly=len(names) < most) for names in tried if not same(names))
+
+
+def _not_one(names: tuple[str, ...], free: tuple[str, ...], exactly: bool) -> Guard:
+    """The condition that not all of these sizes are 1; or, `exactly`, that not they and no others are."""
+    others = [name for name in free if name not in names] if exactly else []
+    parts = (*(("Unequality", name, 1) for name in names), *(("Equality", name, 1) for name in others))
+    said = f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not "
+    said += "1" if not others else "the only size of 1" if len(names) == 1 else "the only sizes of 1"
+    return Guard(said, ("Or", *parts))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
